@@ -1,0 +1,83 @@
+"""Reading a stage's table: verified once, then streamed as Arrow record batches.
+
+A table is a folder: ``contract.json``, ``manifest.json`` and one folder of Parquet files per split
+(``train/part-00000.parquet``, …). Each file holds ``row_id``, ``fold`` and the contract's columns,
+sorted by ``row_id`` over the files of a split. A split without rows has no folder.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from headrace.errors import IntegrityError, SchemaError, nearest
+from headrace.schema import FOLD, ROW_ID, SPLITS, Contract, read_contract
+from headrace.storage import folder_digest, verify_folder
+
+
+@dataclass(frozen=True)
+class Table:
+    """A verified table folder; nothing of its rows is in memory."""
+
+    folder: Path
+    contract: Contract
+    digest: str  # of all its content
+
+    def files(self, split: str) -> list[Path]:
+        """Return the Parquet files of ``split`` in row order; empty if the split has no rows."""
+        if split not in SPLITS:
+            raise SchemaError(f"{split!r} is not a split{nearest(split, SPLITS)}")
+        return sorted((self.folder / split).glob("*.parquet"))
+
+    def num_rows(self, split: str) -> int:
+        """Return the number of rows of ``split``."""
+        return sum(pq.read_metadata(path).num_rows for path in self.files(split))
+
+    def batches(
+        self, split: str, columns: Sequence[str] | None = None, *, batch_rows: int = 65_536
+    ) -> Iterator[pa.RecordBatch]:
+        """Yield the rows of ``split`` in row order; memory stays at one row group.
+
+        Raises:
+            SchemaError: if a column is not in the table, with the nearest name.
+        """
+        self._require(columns)
+        for path in self.files(split):
+            with pq.ParquetFile(path, memory_map=True) as file:
+                yield from file.iter_batches(
+                    batch_rows, columns=None if columns is None else list(columns)
+                )
+
+    def read(self, split: str, columns: Sequence[str]) -> pa.Table:
+        """Return whole columns of ``split`` in memory: for row ids, targets, times, groups."""
+        self._require(columns)
+        files = self.files(split)
+        if not files:
+            first = next(path for name in SPLITS for path in self.files(name))
+            return pq.read_schema(first).empty_table().select(list(columns))
+        parts = [pq.read_table(path, columns=list(columns)) for path in files]
+        return pa.concat_tables(parts).unify_dictionaries()
+
+    def _require(self, columns: Sequence[str] | None) -> None:
+        present = [ROW_ID, FOLD, *(column.name for column in self.contract.columns)]
+        missing = [name for name in columns or () if name not in present]
+        if missing:
+            near = "".join(nearest(name, present) for name in missing[:1])
+            raise SchemaError(f"{self.folder} lacks the columns {missing}{near}")
+
+
+def open_table(folder: Path) -> Table:
+    """Verify the digests of a table folder and return a reader of it.
+
+    Raises:
+        IntegrityError: if the folder is missing, unfinished or damaged.
+    """
+    if not folder.is_dir():
+        raise IntegrityError(f"{folder} does not exist; run `headrace repro` to make it")
+    verify_folder(folder)
+    table = Table(folder, read_contract(folder), folder_digest(folder))
+    if not any(table.files(split) for split in SPLITS):
+        raise IntegrityError(f"{folder} holds no Parquet file in any split; make it again")
+    return table

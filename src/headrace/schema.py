@@ -1,0 +1,197 @@
+"""The data contract: what every column is, written by ``extract`` and read by every later stage.
+
+It travels with the table, with the encoded shards and with the published model, so that no stage
+guesses again what a column means. Physical types are Arrow types, written as Arrow writes them.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field, ValidationError, model_validator
+
+from headrace.errors import IntegrityError, SchemaError, nearest
+from headrace.params import Section
+from headrace.storage import canonical_json, digest_bytes, read_json
+
+CONTRACT = "contract.json"
+ROW_ID = "row_id"  # int64, first column of every table and every prediction file
+FOLD = "fold"  # int8, null outside the train split
+SPLITS = ("train", "valid", "test", "gap")
+
+Role = Literal[
+    "key", "time", "group", "numeric", "category", "text", "vector", "target", "weight", "ignore"
+]
+Task = Literal["regression", "binary", "multiclass"]
+FEATURE_ROLES: tuple[Role, ...] = ("numeric", "category")
+
+
+class Column(Section):
+    """One column of the table: its role, its Arrow type and what was seen in the train rows."""
+
+    name: str
+    role: Role
+    dtype: str  # as ``str(pyarrow.DataType)``: int64, double, string, bool, timestamp[us], …
+    nullable: bool = True
+    note: str = ""  # unit or remark, free text
+    low: float | None = None  # smallest and largest value seen, numbers only
+    high: float | None = None
+    cardinality: int | None = None  # distinct values seen, categories only
+
+
+class Target(Section):
+    """What is to be predicted from which column, and for classes their labels in code order.
+
+    ``labels[i]`` is the text of class ``i``. In a binary task ``labels[1]`` is the positive class.
+    """
+
+    name: str
+    task: Task
+    labels: Annotated[tuple[str, ...], Field(strict=False)] = ()
+
+    @model_validator(mode="after")
+    def _labels_fit_task(self) -> Self:
+        expected = {"regression": len(self.labels) == 0, "binary": len(self.labels) == 2}
+        if not expected.get(self.task, len(self.labels) >= 3):
+            raise ValueError(f"a {self.task} target cannot have {len(self.labels)} labels")
+        return self
+
+    @property
+    def num_outputs(self) -> int:
+        """Columns a prediction of this target has: 1 (value or P(positive)) or one per class."""
+        return len(self.labels) if self.task == "multiclass" else 1
+
+
+class Contract(Section):
+    """All columns of the table in their order, but ``row_id`` and ``fold``; and the targets."""
+
+    format: Literal[1] = 1
+    columns: Annotated[tuple[Column, ...], Field(strict=False)]
+    targets: Annotated[tuple[Target, ...], Field(strict=False, min_length=1)]
+
+    def column(self, name: str) -> Column:
+        """Return the column called ``name``.
+
+        Raises:
+            SchemaError: if there is none, with the nearest name.
+        """
+        for column in self.columns:
+            if column.name == name:
+                return column
+        names = [column.name for column in self.columns]
+        raise SchemaError(f"the data contract has no column {name!r}{nearest(name, names)}")
+
+    def target(self, name: str) -> Target:
+        """Return the target called ``name``.
+
+        Raises:
+            SchemaError: if there is none, with the nearest name.
+        """
+        for target in self.targets:
+            if target.name == name:
+                return target
+        names = [target.name for target in self.targets]
+        raise SchemaError(f"the data contract has no target {name!r}{nearest(name, names)}")
+
+    def named(self, *roles: Role) -> tuple[str, ...]:
+        """Return the names of the columns in ``roles``, in table order."""
+        return tuple(column.name for column in self.columns if column.role in roles)
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Names of the columns models learn from: numeric and category, in table order."""
+        return self.named(*FEATURE_ROLES)
+
+    @property
+    def weight(self) -> str | None:
+        """Name of the row weight column, if there is one."""
+        return next(iter(self.named("weight")), None)
+
+    @property
+    def digest(self) -> str:
+        """Digest of the whole contract, as footers and manifests carry it."""
+        return digest_bytes(self.to_json().encode())
+
+    def to_json(self) -> str:
+        """Return the canonical JSON text of the contract."""
+        return canonical_json(self.model_dump(mode="json"))
+
+
+def read_contract(folder: Path) -> Contract:
+    """Read ``contract.json`` of a stage's folder.
+
+    Raises:
+        IntegrityError: if it is missing, no JSON, or of a form this version does not read.
+    """
+    path = folder / CONTRACT
+    content = read_json(path)
+    if isinstance(content, dict) and content.get("format") != 1:
+        raise IntegrityError(
+            f"{path} has contract format {content.get('format')}; this headrace reads format 1: "
+            f"run `headrace upgrade`, then `headrace repro`"
+        )
+    try:
+        return Contract.model_validate(content)
+    except ValidationError as error:
+        raise IntegrityError(f"{path} is not a data contract ({error})") from error
+
+
+def arrow_type(name: str) -> pa.DataType:
+    """Turn the text of an Arrow type back into the type; the inverse of ``str(type)``.
+
+    >>> arrow_type("timestamp[us]") == pa.timestamp("us")
+    True
+    """
+    if name.startswith("dictionary<"):
+        fields = dict(part.split("=") for part in name[len("dictionary<") : -1].split(", "))
+        return pa.dictionary(arrow_type(fields["indices"]), arrow_type(fields["values"]))
+    if name.startswith("list<"):
+        return pa.list_(arrow_type(name[name.index(": ") + 2 : -1]))
+    if name.startswith("timestamp["):
+        unit, _, zone = name[len("timestamp[") : -1].partition(", tz=")
+        return pa.timestamp(unit, tz=zone or None)
+    if name.startswith("decimal128("):
+        precision, scale = name[len("decimal128(") : -1].split(",")
+        return pa.decimal128(int(precision), int(scale))
+    plain = {"date32[day]": pa.date32(), "time64[us]": pa.time64("us"), "double": pa.float64()}
+    plain |= {"float": pa.float32(), "halffloat": pa.float16(), "bool": pa.bool_()}
+    return plain[name] if name in plain else pa.type_for_alias(name)
+
+
+def label_text(values: pa.Array) -> pa.Array:
+    """Return target values as the text used in ``Target.labels``: true/false, 1, or the string."""
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    if pa.types.is_floating(values.type):
+        whole = pc.all(pc.equal(values, pc.floor(values))).as_py()
+        values = values.cast(pa.int64()) if whole is not False else values
+    return values.cast(pa.string())
+
+
+def encode_target(values: pa.Array | pa.ChunkedArray, target: Target) -> npt.NDArray[np.float64]:
+    """Return target values as float64: the value itself, or the class code; NaN where null.
+
+    Shape: one number per row.
+
+    Raises:
+        SchemaError: if a class is not among the labels of the contract, naming it.
+    """
+    if isinstance(values, pa.ChunkedArray):
+        values = values.combine_chunks()
+    if target.task == "regression":
+        out: npt.NDArray[np.float64] = values.cast(pa.float64()).to_numpy(zero_copy_only=False)
+        return out
+    text = label_text(values)
+    codes = pc.index_in(text, value_set=pa.array(target.labels, pa.string()))
+    unknown = pc.and_(pc.is_null(codes), pc.is_valid(text))
+    if pc.any(unknown).as_py():
+        found = pc.unique(text.filter(unknown)).to_pylist()[:5]
+        raise SchemaError(
+            f"target {target.name!r} has the classes {found}, which the train rows do not have; "
+            f"known: {list(target.labels)}"
+        )
+    result: npt.NDArray[np.float64] = codes.cast(pa.float64()).to_numpy(zero_copy_only=False)
+    return result
