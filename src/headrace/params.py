@@ -24,6 +24,7 @@ _AMBIGUOUS = (
     (re.compile(r"^\d+(:\d+)+$"), "quote it"),
     (re.compile(r"^[-+]?\.(inf|nan)$", re.IGNORECASE), "infinity and NaN are not allowed here"),
 )
+_PLAIN_TAGS = ("map", "seq", "str", "int", "float", "bool", "null", "timestamp")
 _UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 _UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "B": 1}
 
@@ -119,7 +120,7 @@ def _refuse_ambiguity(node: yaml.Node, path: Path, *, key: str, seen: set[int]) 
     if id(node) in seen:
         raise ConfigError(f"{where}uses a YAML alias; write the value out")
     seen.add(id(node))
-    if not node.tag.startswith("tag:yaml.org,2002:"):
+    if node.tag.removeprefix("tag:yaml.org,2002:") not in _PLAIN_TAGS:
         raise ConfigError(f"{where}uses the YAML tag {node.tag}; remove it")
     if isinstance(node, yaml.MappingNode):
         names: dict[str, int] = {}

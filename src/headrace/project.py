@@ -8,6 +8,7 @@ from headrace.errors import ConfigError
 PARAMS = "params.yaml"
 PIPELINE = "dvc.yaml"
 LOCK = "dvc.lock"
+CODE_LOCK = "headrace.lock"  # digests of the installed code, in projects without its source
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,11 @@ class Project:
     def journal(self) -> Path:
         """Folder of the journal, one file per pipeline run."""
         return self.state / "journal"
+
+    @property
+    def scratch(self) -> Path:
+        """Folder for spill files and other private files of running stages."""
+        return self.state / "tmp"
 
     @property
     def cache(self) -> Path:

@@ -1,0 +1,46 @@
+# make run and make test do all the set-up they need, on a fresh machine with Python 3.11 or newer.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: setup run test lint slow bench drill ui lock clean
+
+setup: $(READY)
+
+$(READY): requirements.lock pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "headrace needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing the locked packages into .venv (about two minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $(READY)
+
+run: setup
+	@$(BIN)/headrace run
+
+test: setup lint
+	@$(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
+
+slow: setup
+	@$(BIN)/python -m pytest -m "slow" -n 2 --dist worksteal
+
+lint: setup
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+bench: setup
+	@for name in benchmarks/[!_h]*.py; do $(BIN)/python $$name --quick || exit 1; done
+
+ui: setup
+	@$(BIN)/headrace ui
+
+lock: setup
+	@$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > requirements.lock.new
+	@{ sed -n '/^#/p' requirements.lock; cat requirements.lock.new; } > requirements.lock.all
+	@mv requirements.lock.all requirements.lock && rm requirements.lock.new
+
+clean:
+	@rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis dist build

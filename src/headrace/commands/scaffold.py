@@ -1,0 +1,140 @@
+"""What dvc.yaml and headrace.lock of a project look like; ``init`` and ``upgrade`` write them.
+
+A stage's code is one of its dependencies. In the source tree dvc.yaml lists the modules that the
+stage runs; a project that uses the installed package has headrace.lock instead, with one digest a
+stage, which DVC reads as parameters.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from headrace import __version__
+from headrace.lineage import PACKAGE, code_digest, code_files, stage_modules
+from headrace.project import CODE_LOCK
+
+_EVALUATE = "data/evaluate"
+_HEADER = """\
+# The pipeline: the only list of stages. `dvc repro` (or `headrace repro`) and the flow of
+# `headrace run` both read it. Code dependencies are written by `headrace upgrade`.
+"""
+
+
+def pipeline_text(
+    *, inputs: Sequence[str], example: bool, databases: bool, models: Sequence[str], source: bool
+) -> str:
+    """Return the text of dvc.yaml.
+
+    Args:
+        inputs: files and folders that ``extract`` reads, relative to the project, recipe included.
+        example: whether a ``raw`` stage materialises the example.
+        databases: whether a ``watermark`` stage looks into databases.
+        models: the models to train; only their kinds' code matters here.
+        source: whether code is listed file by file (source tree) or stands in headrace.lock.
+    """
+    stages: dict[str, Any] = {}
+    if example:
+        stages["raw"] = _stage("raw", deps=[], outs=["data/raw"])
+    if databases:
+        stages["watermark"] = _stage(
+            "watermark", deps=[], outs=["data/watermark"], params=["extract"], always_changed=True
+        )
+    watermark = ["data/watermark"] if databases else []
+    stages["extract"] = _stage("extract", deps=[*inputs, *watermark], outs=["data/extract"])
+    stages["reduce"] = _stage("reduce", deps=["data/extract"], outs=["data/reduce"])
+    stages["encode"] = _stage("encode", deps=["data/reduce"], outs=["data/encode"])
+    stages["train"] = {
+        "matrix": {"model": "${models}"},
+        **_stage(
+            "train@${item.model}",
+            deps=["data/reduce", "data/encode"],
+            outs=["data/train/${item.model}"],
+            params=["train.${item.model}"],
+        ),
+    }
+    stages["stack"] = _stage(
+        "stack", deps=["data/reduce", "data/train"], outs=["data/stack"], params=["models", "stack"]
+    )
+    stages["evaluate"] = _stage(
+        "evaluate",
+        deps=["data/extract/profile.json", "data/reduce", "data/train", "data/stack"],
+        outs=[f"{_EVALUATE}/{name}" for name in EVALUATE_OUTS],
+        params=["models", "evaluate"],
+        metrics=[{f"{_EVALUATE}/metrics.json": {"cache": False}}],
+    )
+    stages["publish"] = _stage(
+        "publish",
+        deps=["data/reduce", "data/encode", "data/train", "data/stack"],
+        outs=["data/publish"],
+        params=["models", "publish"],
+    )
+    for name, stage in stages.items():
+        if source:
+            stage["deps"] = [*stage["deps"], *_code_paths(name, models)]
+        else:
+            key = "train.${item.model}" if name == "train" else name
+            stage["params"] = [*stage["params"], {CODE_LOCK: [f"stages.{key}"]}]
+    text = yaml.safe_dump({"stages": stages}, sort_keys=False, width=100, allow_unicode=True)
+    return _HEADER + text
+
+
+EVALUATE_OUTS = ("comparison.json", "figures", "manifest.json", "plots", "report.html")
+
+
+def code_lock_text(stages: Sequence[str], models: Sequence[str]) -> str:
+    """Return the text of headrace.lock: one code digest per stage, per model for ``train``."""
+    digests: dict[str, Any] = {name: code_digest(*stage_modules(name)) for name in stages}
+    digests["train"] = {name: code_digest(*stage_modules(f"train@{name}")) for name in models}
+    content = {"headrace": __version__, "stages": dict(sorted(digests.items()))}
+    return (
+        "# Digests of the installed code, stage by stage; refreshed by `headrace upgrade`.\n"
+        + yaml.safe_dump(content, sort_keys=False)
+    )
+
+
+def locked_digest(content: Any, stage: str) -> str | None:
+    """Return the digest that headrace.lock (parsed) names for ``stage``, if it names one."""
+    found = content.get("stages") or {}
+    for part in stage.split("@"):
+        found = found.get(part) if isinstance(found, dict) else None
+    return found if isinstance(found, str) else None
+
+
+def _stage(
+    name: str,
+    *,
+    deps: Sequence[str],
+    outs: Sequence[str],
+    params: Sequence[str] | None = None,
+    metrics: Sequence[Any] = (),
+    always_changed: bool = False,
+) -> dict[str, Any]:
+    stage: dict[str, Any] = {
+        "cmd": f"headrace stage {name}",
+        "deps": list(deps),
+        "params": list(params or [name]),
+        "outs": list(outs),
+    }
+    if metrics:
+        stage["metrics"] = list(metrics)
+    if always_changed:
+        stage["always_changed"] = True
+    return stage
+
+
+def _code_paths(stage: str, models: Sequence[str]) -> list[str]:
+    """Paths of the code of ``stage`` as dvc.yaml of the source tree lists them."""
+    if stage != "train":
+        return [_path(file) for file in code_files(*stage_modules(stage))]
+    # A matrix has one list of dependencies for all its models: the model's own module is templated,
+    # what any of them imports is shared. So a change in the training loop reruns all models.
+    own = {PACKAGE / "models" / f"{model}.py" for model in models}
+    shared = set(code_files(*(m for model in models for m in stage_modules(f"train@{model}"))))
+    prefix = _path(PACKAGE / "models")
+    return [*sorted(_path(file) for file in shared - own), f"{prefix}/${{item.model}}.py"]
+
+
+def _path(file: Path) -> str:
+    return file.relative_to(PACKAGE.parents[1]).as_posix()

@@ -1,0 +1,219 @@
+"""Run one stage in this process, as DVC does: ``headrace stage NAME``.
+
+This is the one place where a stage meets the world: it gets its paths, its section, the resources
+and a recorder that writes the journal; it is watched for memory; it dies with its parent; and what
+stops it ends in one line, an exit code and a failure file (DVC swallows exit codes).
+"""
+
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from headrace.commands.failure import clear_failure, write_failure
+from headrace.commands.scaffold import locked_digest
+from headrace.commands.settings import Settings, read_settings
+from headrace.commands.supervise import die_with_parent
+from headrace.errors import ConfigError, HeadraceError, ResourceError, Stopped, nearest
+from headrace.lineage import code_digest, stage_modules
+from headrace.memory import MemoryWatch, format_bytes, held_bytes
+from headrace.params import Resources, Section, read_yaml
+from headrace.project import CODE_LOCK, Project
+from headrace.record import Recorder
+from headrace.storage import canonical_json, digest_bytes, folder_digest, sweep
+from headrace.tracking.journal import open_stage
+
+PLAIN_STAGES = ("raw", "watermark", "extract", "reduce", "encode", "stack", "evaluate", "publish")
+_GRACE_S = 10.0  # native code may take this long to come back to Python; then the process ends
+
+
+def run_stage(project: Project, stage: str) -> Any:
+    """Run ``stage`` of ``project`` to its end and return its result.
+
+    Raises:
+        HeadraceError: whatever the stage refuses; ``Stopped`` on SIGINT or SIGTERM.
+    """
+    die_with_parent()
+    settings = read_settings(project)
+    _require_known(stage, settings)
+    require_locked_code(project, stage)
+    clear_failure(project, stage)
+    section = settings.section(stage)
+    budget = settings.resources.memory_budget
+    family = int(os.environ.get("HEADRACE_RUN_PID", os.getpid()))
+    resources = _what_is_left(settings.resources, held_bytes(family))
+    with _Stopper(project, stage) as stopper, open_stage(project.journal, stage) as journal:
+        with MemoryWatch(
+            family,
+            budget_bytes=budget,
+            on_excess=lambda held: stopper.stop_with(_over_budget(stage, held, budget)),
+        ) as watch:
+            try:
+                result = _call(project, stage, settings, section, resources, journal)
+            finally:
+                journal.peak_bytes = watch.peak_bytes
+        return result
+
+
+def require_locked_code(project: Project, stage: str) -> None:
+    """Refuse to run ``stage`` with other code than headrace.lock names, where there is one.
+
+    Raises:
+        ConfigError: if the code differs; ``headrace upgrade`` accepts the installed code.
+    """
+    path = project.root / CODE_LOCK
+    if not path.is_file():
+        return
+    if locked_digest(read_yaml(path), stage) != code_digest(*stage_modules(stage)):
+        raise ConfigError(
+            f"the installed headrace has other code for stage {stage} than {CODE_LOCK} names; "
+            f"run `headrace upgrade` to go on with the installed one"
+        )
+
+
+class _Stopper:
+    """Turns SIGINT, SIGTERM and a memory excess into one exception in the main thread."""
+
+    def __init__(self, project: Project, stage: str) -> None:
+        self._project = project
+        self._stage = stage
+        self._error: HeadraceError = Stopped(
+            f"stage {stage} was stopped; run again to resume: finished stages and checkpoints stay"
+        )
+
+    def __enter__(self) -> "_Stopper":
+        self._before = {
+            number: signal.signal(number, self._on_signal)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def stop_with(self, error: HeadraceError) -> None:
+        """Stop the stage with ``error`` from any thread; by force if Python is not reached."""
+        self._error = error
+        os.kill(os.getpid(), signal.SIGTERM)
+        timer = threading.Timer(_GRACE_S, self._force)
+        timer.daemon = True
+        timer.start()
+
+    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        raise self._error
+
+    def _force(self) -> None:
+        write_failure(self._project, self._stage, self._error.exit_code, str(self._error))
+        os._exit(self._error.exit_code)
+
+
+def _call(
+    project: Project,
+    stage: str,
+    settings: Settings,
+    section: Section,
+    resources: Resources,
+    recorder: Recorder,
+) -> Any:
+    from importlib import import_module
+
+    name, _, model = stage.partition("@")
+    run = getattr(import_module(f"headrace.stages.{name}"), name)
+    out, data = project.data(stage), project.data
+    told: dict[str, Any] = {"resources": resources, "recorder": recorder}
+    if name == "raw":
+        return run(out, section, **told)
+    if name == "watermark":
+        return run(project.root, out, settings.section("extract"), **told)
+    if name == "extract":
+        with _scratch(project, stage) as scratch:
+            return run(project.root, out, section, scratch=scratch, **told)
+    if name == "reduce":
+        return run(data("extract"), out, section, **told)
+    if name == "encode":
+        return run(data("reduce"), out, section, **told)
+    table, encoded = data("reduce"), data("encode")
+    if name == "train":
+        checkpoints = _checkpoint_folder(project, stage, section, [table, encoded], recorder)
+        result = run(
+            table,
+            encoded,
+            out,
+            section,
+            model=model,
+            cache=project.cache,
+            checkpoints=checkpoints,
+            **told,
+        )
+        shutil.rmtree(checkpoints.parent, ignore_errors=True)
+        return result
+    members = {member: data(f"train@{member}") for member in settings.models}
+    if name == "stack":
+        return run(table, members, out, section, **told)
+    if name == "evaluate":
+        profile = data("extract") / "profile.json"
+        return run(table, members, data("stack"), out, section, profile=profile, **told)
+    return run(table, encoded, members, data("stack"), out, section, **told)
+
+
+def _require_known(stage: str, settings: Settings) -> None:
+    known = [*PLAIN_STAGES, *(f"train@{model}" for model in settings.models)]
+    if stage not in known:
+        hint = nearest(stage, known) or f"; known: {', '.join(known)}"
+        raise ConfigError(f"{stage!r} is not a stage of this project{hint}")
+
+
+def _what_is_left(resources: Resources, held: int) -> Resources:
+    """Give the stage what the rest of the run (flow, server, DVC, this interpreter) leaves."""
+    left = resources.memory_budget - held
+    if left <= 0:
+        raise ResourceError(
+            f"`resources.memory_budget` is {format_bytes(resources.memory_budget)}, but the run "
+            f"holds {format_bytes(held)} before the stage starts; set at least "
+            f"{format_bytes(2 * held)}"
+        )
+    return resources.model_copy(update={"memory_budget": left})
+
+
+def _over_budget(stage: str, held: int, budget: int) -> ResourceError:
+    return ResourceError(
+        f"stage {stage} was stopped: the run held {format_bytes(held)}, more than "
+        f"`resources.memory_budget` of {format_bytes(budget)} allows; raise it in params.yaml"
+    )
+
+
+def _checkpoint_folder(
+    project: Project, stage: str, section: Section, inputs: list[Path], recorder: Recorder
+) -> Path:
+    """The folder of this stage's checkpoints: one per inputs, parameters and code."""
+    parts = {
+        "params": section.model_dump(mode="json"),
+        "inputs": [folder_digest(folder) for folder in inputs],
+        "code": code_digest(*stage_modules(stage)),
+    }
+    folder = project.checkpoints / stage / digest_bytes(canonical_json(parts).encode())[:16]
+    if folder.parent.is_dir():
+        for other in sorted(folder.parent.iterdir()):
+            if other != folder:
+                recorder.warn(
+                    f"checkpoint {other.relative_to(project.root)} is not used: it was made with "
+                    f"other data, parameters or code"
+                )
+    return folder
+
+
+@contextmanager
+def _scratch(project: Project, stage: str) -> Iterator[Path]:
+    sweep(project.scratch)
+    folder = project.scratch / f".new-{stage}.{os.getpid()}"
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
