@@ -1,0 +1,720 @@
+"""The encoder: what train rows teach about a table, and the fixed-width arrays it makes of rows.
+
+Fitted on the train split alone, in one pass and with memory for one batch: per numeric column the
+mean, spread and quantiles, per category its labels. A value that train rows did not have gets the
+code 0, a missing one the code 1, known labels count from 2 in the order of their text.
+
+Which columns are inputs is the contract's word: role ``numeric`` or ``category``. A boolean is
+what its role says: 0 and 1, or the labels "false" and "true". Dates and times are no inputs; the
+SQL recipe can derive numbers from them. A column whose encoded train rows are all the same
+(constant, all null, only rare labels) is left out and named with the reason.
+
+Labels are compared by their canonical text (``category_text``), so 3, 3.0 and "3" are one label
+whatever type a file happens to give the column. Labels that are too rare or beyond the cap share
+code 0 with the unseen ones: in both cases train rows say too little about the value, and so the
+model learns from real rows what code 0 means.
+
+Infinite numbers, and those float32 cannot hold once standardised, count as missing; the fit and
+the stage say how many there were.
+
+Strings never become Python objects: each batch's dictionary (a handful of values) is looked up
+once and its codes are remapped through that table. Cost of a row: near the cost of decoding it.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from headrace.data.table import Table
+from headrace.errors import DataError, IntegrityError, SchemaError, nearest
+from headrace.kernels.encode import TILE_ROWS, remap, standardise
+from headrace.params import Section
+from headrace.schema import (
+    CONTRACT,
+    FOLD,
+    ROW_ID,
+    Contract,
+    Target,
+    encode_target,
+    read_contract,
+)
+from headrace.storage import canonical_json, digest_bytes, read_json, write_file
+
+ENCODER = "encoder.json"
+QUANTILES = "encoder.safetensors"
+UNKNOWN = 0  # a label that train rows did not have, or had too rarely
+MISSING = 1  # null
+FIRST_LABEL = 2
+
+Rows: TypeAlias = pa.RecordBatch | pa.Table
+Floats: TypeAlias = npt.NDArray[np.float64]
+
+_BATCH_BYTES = 32 << 20  # of float64 cells; fixed, because means are merged batch by batch
+_MAX_COUNTED_LABELS = 2_000_000  # a category with more is counted approximately
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """Rows as fixed-width arrays: B rows, N numeric inputs, C categories, T targets.
+
+    Shapes: ``row_id`` (B,) int64; ``numeric`` (B, N) float32, standardised by train rows, NaN
+    where missing; ``codes`` (B, C) unsigned, 0 unknown, 1 missing, from 2 the known labels;
+    ``targets`` (B, T) float32, the value or the class code, NaN where missing; ``weight`` (B,)
+    float32, NaN where missing; ``fold`` (B,) int8, -1 outside train.
+    """
+
+    row_id: npt.NDArray[np.int64]
+    numeric: npt.NDArray[np.float32]
+    codes: npt.NDArray[Any]
+    targets: npt.NDArray[np.float32]
+    weight: npt.NDArray[np.float32]
+    fold: npt.NDArray[np.int8]
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.row_id)
+
+    def where(self, rows: npt.NDArray[Any]) -> "EncodedBatch":
+        """Return the rows that a mask or an index array names."""
+        return EncodedBatch(
+            self.row_id[rows],
+            self.numeric[rows],
+            self.codes[rows],
+            self.targets[rows],
+            self.weight[rows],
+            self.fold[rows],
+        )
+
+
+class NumericScale(Section):
+    """What train rows taught about one numeric input; ``std`` is 1 where it could be nothing."""
+
+    name: str
+    mean: float
+    std: float
+    low: float
+    high: float
+    num_missing: int
+    num_infinite: int
+
+
+class CategoryCodes(Section):
+    """The labels of one category: ``labels[i]`` has the code ``i + 2``, ``counts[i]`` train rows.
+
+    ``dtype`` is the Arrow type at the fit: later float values are first rounded to it.
+    """
+
+    name: str
+    dtype: str
+    labels: Annotated[tuple[str, ...], Field(strict=False)]
+    counts: Annotated[tuple[int, ...], Field(strict=False)]
+    num_missing: int
+    num_rare_labels: int  # that share code 0 with unseen labels
+    num_rare_rows: int
+
+    @property
+    def cardinality(self) -> int:
+        """Number of codes, the two reserved ones included: an embedding needs this many rows."""
+        return len(self.labels) + FIRST_LABEL
+
+
+class _Fitted(Section):
+    """The content of encoder.json."""
+
+    format: Literal[1] = 1
+    contract: str  # digest
+    numeric: Annotated[tuple[NumericScale, ...], Field(strict=False)]
+    categories: Annotated[tuple[CategoryCodes, ...], Field(strict=False)]
+    dropped: dict[str, str]
+
+
+class Encoder:
+    """A fitted encoder; see ``fit_encoder``. Frozen in what it computes."""
+
+    def __init__(
+        self,
+        contract: Contract,
+        *,
+        scales: tuple[NumericScale, ...],
+        categories: tuple[CategoryCodes, ...],
+        quantiles: npt.NDArray[np.float32],
+        dropped: Mapping[str, str],
+    ) -> None:
+        self.contract = contract
+        self.scales = scales
+        self.categories = categories
+        self.quantiles = quantiles  # (N, Q): per numeric input from its smallest to its largest
+        self.dropped = dict(dropped)  # feature left out -> why
+        self.codes_dtype = _narrowest([category.cardinality for category in categories])
+        self._labels = [pa.array(category.labels, pa.string()) for category in categories]
+        self._luts: dict[str, tuple[pa.Array, npt.NDArray[Any]]] = {}
+
+    @property
+    def numeric(self) -> tuple[str, ...]:
+        """Names of the numeric inputs, in the order of ``EncodedBatch.numeric``."""
+        return tuple(scale.name for scale in self.scales)
+
+    @property
+    def cardinalities(self) -> tuple[int, ...]:
+        """Number of codes of each category, in the order of ``EncodedBatch.codes``."""
+        return tuple(category.cardinality for category in self.categories)
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """The targets, in the order of ``EncodedBatch.targets``."""
+        return self.contract.targets
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the columns that rows must have."""
+        return (*self.numeric, *(category.name for category in self.categories))
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of all columns of a table that ``transform`` reads."""
+        weight = (self.contract.weight,) if self.contract.weight else ()
+        targets = (target.name for target in self.targets)
+        return tuple(dict.fromkeys((ROW_ID, FOLD, *self.inputs, *targets, *weight)))
+
+    @property
+    def digest(self) -> str:
+        """Digest of all that was fitted."""
+        return digest_bytes(self._to_json().encode() + self._to_tensors())
+
+    def transform(self, rows: Rows) -> EncodedBatch:
+        """Encode rows, in their order. Columns may come in any order, and more of them.
+
+        Row id, fold, weight and targets may be absent, as at prediction: then they are the
+        positions from 0, -1, 1 and NaN.
+
+        Raises:
+            SchemaError: if an input is missing (with the nearest name) or has a type that cannot
+                be what the contract says, or if a class is not among the target's labels.
+        """
+        return self.transform_counted(rows)[0]
+
+    def transform_counted(self, rows: Rows) -> tuple[EncodedBatch, npt.NDArray[np.int64]]:
+        """Encode rows and also count, per numeric input, the numbers that became NaN by it."""
+        self._require_inputs(rows.schema)
+        num_rows = rows.num_rows
+        batch = EncodedBatch(
+            row_id=_identity(rows, num_rows),
+            numeric=np.empty((num_rows, len(self.scales)), np.float32),
+            codes=np.empty((num_rows, len(self.categories)), self.codes_dtype),
+            targets=self._targets(rows, num_rows),
+            weight=self._weight(rows, num_rows),
+            fold=_fold(rows, num_rows),
+        )
+        num_infinite = np.zeros(len(self.scales), np.int64)
+        start = 0
+        for part in rows.to_batches() if isinstance(rows, pa.Table) else [rows]:
+            stop = start + part.num_rows
+            num_infinite += self._fill_numeric(part, batch.numeric[start:stop])
+            self._fill_codes(part, batch.codes[start:stop])
+            start = stop
+        return batch, num_infinite
+
+    def save(self, folder: Path) -> None:
+        """Write encoder.json, encoder.safetensors and contract.json into ``folder``."""
+        write_file(folder / ENCODER, self._to_json())
+        write_file(folder / QUANTILES, self._to_tensors())
+        write_file(folder / CONTRACT, self.contract.to_json())
+
+    @classmethod
+    def load(cls, folder: Path) -> "Encoder":
+        """Read what ``save`` wrote; the caller has checked the folder's digests.
+
+        Raises:
+            IntegrityError: if a file is missing, of another format, or of another contract.
+        """
+        contract = read_contract(folder)
+        fitted = _read_fitted(folder / ENCODER)
+        if fitted.contract != contract.digest:
+            raise IntegrityError(
+                f"{folder / ENCODER} was fitted for the contract {fitted.contract[:12]}, but "
+                f"{CONTRACT} beside it is {contract.digest[:12]}; run `headrace repro`"
+            )
+        try:
+            tensors = load_tensors((folder / QUANTILES).read_bytes())
+            quantiles = tensors["quantiles"]
+        except (FileNotFoundError, SafetensorError, KeyError) as error:
+            raise IntegrityError(
+                f"{folder / QUANTILES} is missing or not whole ({error}); run `headrace repro`"
+            ) from error
+        return cls(
+            contract,
+            scales=fitted.numeric,
+            categories=fitted.categories,
+            quantiles=quantiles,
+            dropped=fitted.dropped,
+        )
+
+    def _to_json(self) -> str:
+        fitted = _Fitted(
+            contract=self.contract.digest,
+            numeric=self.scales,
+            categories=self.categories,
+            dropped=self.dropped,
+        )
+        return canonical_json(fitted.model_dump(mode="json"))
+
+    def _to_tensors(self) -> bytes:
+        return save_tensors({"quantiles": np.ascontiguousarray(self.quantiles)})
+
+    def _require_inputs(self, schema: pa.Schema) -> None:
+        present = schema.names
+        missing = [name for name in self.inputs if name not in present]
+        if missing:
+            near = "".join(nearest(name, present) for name in missing[:1])
+            raise SchemaError(
+                f"the rows lack the columns {missing}, which the encoder was fitted on{near}"
+            )
+        _refuse_types(schema, self.numeric, [category.name for category in self.categories])
+
+    def _fill_numeric(
+        self, part: pa.RecordBatch, out_BN: npt.NDArray[np.float32]
+    ) -> npt.NDArray[np.int64]:
+        columns = [_numbers(part.column(scale.name)) for scale in self.scales]
+        num_infinite = np.zeros(len(columns), np.int64)
+        for start in range(0, part.num_rows, TILE_ROWS):
+            tile = slice(start, start + TILE_ROWS)
+            for j, (x_B, scale) in enumerate(zip(columns, self.scales, strict=True)):
+                num_infinite[j] += standardise(
+                    x_B[tile], mean=scale.mean, std=scale.std, out_B=out_BN[tile, j]
+                )
+        return num_infinite
+
+    def _fill_codes(self, part: pa.RecordBatch, out_BC: npt.NDArray[Any]) -> None:
+        for j, category in enumerate(self.categories):
+            values = _dictionary(part.column(category.name), category.dtype)
+            lut = self._lut(j, values.dictionary)
+            remap(_indices(values), lut, out_B=out_BC[:, j])
+
+    def _lut(self, j: int, dictionary: pa.Array) -> npt.NDArray[Any]:
+        """Return the codes of a dictionary's values, and after them that of null."""
+        name = self.categories[j].name
+        held, lut = self._luts.get(name, (None, None))
+        if lut is not None and _is_same_memory(held, dictionary):
+            return lut
+        text = category_text(dictionary)
+        found = pc.index_in(text, value_set=self._labels[j])
+        codes = pc.fill_null(pc.add(found, FIRST_LABEL), UNKNOWN)
+        codes = pc.if_else(pc.is_valid(text), codes, MISSING)
+        lut = np.append(codes.to_numpy(zero_copy_only=False), MISSING).astype(self.codes_dtype)
+        # Holding the dictionary keeps its memory from being reused, so the same address is the
+        # same content; one tuple, so that another thread sees both or neither.
+        self._luts[name] = (dictionary, lut)
+        return lut
+
+    def _targets(self, rows: Rows, num_rows: int) -> npt.NDArray[np.float32]:
+        out_BT = np.full((num_rows, len(self.targets)), np.nan, np.float32)
+        for j, target in enumerate(self.targets):
+            if target.name in rows.schema.names:
+                with np.errstate(over="ignore"):
+                    out_BT[:, j] = encode_target(rows.column(target.name), target)
+        return out_BT
+
+    def _weight(self, rows: Rows, num_rows: int) -> npt.NDArray[np.float32]:
+        name = self.contract.weight
+        if name is None or name not in rows.schema.names:
+            return np.ones(num_rows, np.float32)
+        with np.errstate(over="ignore"):
+            return _numbers(_whole(rows.column(name))).astype(np.float32)
+
+
+def fit_encoder(
+    table: Table,
+    *,
+    max_categories: int,
+    min_count: int,
+    num_quantiles: int,
+    quantile_rows: int,
+    seed: int,
+    progress: Callable[[int], None] | None = None,
+) -> Encoder:
+    """Fit an encoder on the train rows of ``table``; other splits are not read.
+
+    Per category the ``max_categories`` most frequent labels with at least ``min_count`` rows are
+    known. Quantiles come from ``quantile_rows`` train rows drawn with ``seed``. ``progress``
+    hears the number of rows read so far.
+
+    Raises:
+        SchemaError: if an input has a type that its role does not allow.
+        DataError: if there are no train rows, or no column carries anything.
+    """
+    contract = table.contract
+    names, categories = contract.named("numeric"), contract.named("category")
+    num_rows = table.num_rows("train")
+    if num_rows == 0:
+        raise DataError(f"{table.folder} has no train rows; change `extract.split`")
+    moments = {name: _Moments() for name in names}
+    counts = {
+        name: _LabelCounts(max(_MAX_COUNTED_LABELS, 4 * max_categories)) for name in categories
+    }
+    sample = _Sample(num_rows, quantile_rows, names, seed=seed)
+    done = 0
+    for batch in encode_batches(table, "train", [*names, *categories]):
+        if done == 0:
+            _refuse_types(batch.schema, names, categories)
+        for name in names:
+            x_B = _numbers(batch.column(name)).astype(np.float64, copy=False)
+            moments[name].add(x_B)
+            sample.add(name, x_B, start=done)
+        for name in categories:
+            counts[name].add(_dictionary(batch.column(name), contract.column(name).dtype))
+        done += batch.num_rows
+        if progress:
+            progress(done)
+    dropped: dict[str, str] = {}
+    scales, known = [], []
+    for name in names:
+        if reason := moments[name].useless():
+            dropped[name] = reason
+        else:
+            scales.append(moments[name].scale(name))
+    for name in categories:
+        codes = counts[name].codes(
+            name, contract.column(name).dtype, max_categories=max_categories, min_count=min_count
+        )
+        if reason := _useless(codes, min_count):
+            dropped[name] = reason
+        else:
+            known.append(codes)
+    if not scales and not known:
+        raise DataError(
+            f"{table.folder}: no column of role numeric or category is left to learn from; "
+            f"left out: {dropped or 'none'}. Give columns a role in `extract`"
+        )
+    return Encoder(
+        contract,
+        scales=tuple(scales),
+        categories=tuple(known),
+        quantiles=sample.quantiles(scales, num_quantiles),
+        dropped=dropped,
+    )
+
+
+def encode_batches(table: Table, split: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of a split in batches whose size depends on their width alone."""
+    width = max(1, len(columns)) * 8
+    batch_rows = min(65_536, max(TILE_ROWS, _BATCH_BYTES // width))
+    return table.batches(split, columns, batch_rows=batch_rows)
+
+
+def category_text(values: pa.Array) -> pa.Array:
+    """Return the canonical text of each value, null where it is null or NaN.
+
+    Whole numbers are written without point or exponent whatever their type, so 3, 3.0, a decimal
+    3.00 and "3" are one label; booleans are "false" and "true"; text is itself, the empty text
+    included.
+
+    >>> category_text(pa.array([3.0, 0.5, -0.0, None])).to_pylist()
+    ['3', '0.5', '0', None]
+    """
+    kind = values.type
+    if pa.types.is_dictionary(kind):
+        return category_text(values.dictionary).take(values.indices)
+    if pa.types.is_floating(kind):
+        if pa.types.is_float16(kind):
+            values = values.cast(pa.float32())
+        return _float_text(values)
+    text = values.cast(pa.string())
+    if pa.types.is_decimal(kind):
+        text = pc.replace_substring_regex(text, r"(\.[0-9]*?)0+$", r"\1")
+        text = pc.replace_substring_regex(text, r"\.$", "")
+    return text
+
+
+def _float_text(values: pa.Array) -> pa.Array:
+    is_whole = pc.and_(pc.equal(values, pc.floor(values)), pc.less(pc.abs(values), 2.0**63))
+    zero = pa.scalar(0, values.type)
+    whole = pc.if_else(pc.fill_null(is_whole, False), values, zero).cast(pa.int64())
+    text = pc.if_else(is_whole, whole.cast(pa.string()), values.cast(pa.string()))
+    return pc.if_else(pc.is_nan(values), pa.scalar(None, pa.string()), text)
+
+
+class _Moments:
+    """Count, mean and spread of one column, merged batch by batch (Chan, Golub, LeVeque 1979)."""
+
+    def __init__(self) -> None:
+        self.num_rows = 0
+        self.num_finite = 0
+        self.num_infinite = 0
+        self.mean = 0.0
+        self.squares = 0.0  # sum of squared distances from the mean
+        self.low = math.inf
+        self.high = -math.inf
+
+    def add(self, x_B: Floats) -> None:
+        finite = x_B[np.isfinite(x_B)]
+        count = len(finite)
+        self.num_rows += len(x_B)
+        self.num_infinite += int(np.count_nonzero(np.isinf(x_B)))
+        if count == 0:
+            return
+        self.low = min(self.low, float(finite.min()))
+        self.high = max(self.high, float(finite.max()))
+        with np.errstate(over="ignore", invalid="ignore"):
+            mean = float(finite.mean())
+            centred = finite - mean
+            squares = float(np.dot(centred, centred))
+        total = self.num_finite + count
+        shift = mean - self.mean
+        self.mean += shift * (count / total)
+        self.squares += squares + shift * shift * (self.num_finite * count / total)
+        self.num_finite = total
+
+    @property
+    def num_missing(self) -> int:
+        return self.num_rows - self.num_finite
+
+    def useless(self) -> str:
+        """Return why the column carries nothing for a model, or an empty text."""
+        if self.num_finite == 0:
+            return "no value in the train rows is a finite number"
+        if self.low == self.high:
+            return "" if self.num_missing else f"constant: all train rows are {self.low:g}"
+        if not math.isfinite(self._std()) or self._std() == 0:
+            return f"values from {self.low:g} to {self.high:g} are beyond float64 arithmetic"
+        return ""
+
+    def scale(self, name: str) -> NumericScale:
+        is_constant = self.low == self.high  # with nulls, which then are the information
+        return NumericScale(
+            name=name,
+            mean=self.low if is_constant else self.mean,
+            std=1.0 if is_constant else self._std(),
+            low=self.low,
+            high=self.high,
+            num_missing=self.num_missing - self.num_infinite,
+            num_infinite=self.num_infinite,
+        )
+
+    def _std(self) -> float:
+        return math.sqrt(self.squares / self.num_finite) if self.squares >= 0 else math.nan
+
+
+@dataclass
+class _LabelCounts:
+    """How often each label of one category came.
+
+    Beyond ``limit`` labels the rarer half is forgotten: a label kept then may be counted too low,
+    by no more than the rows it had when it was forgotten.
+    """
+
+    limit: int
+    num_missing: int = 0
+    num_rows: int = 0
+    labels: pa.Array = field(default_factory=lambda: pa.array([], pa.string()))
+    counts: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    pending: list[tuple[pa.Array, npt.NDArray[np.int64]]] = field(default_factory=list)
+    num_pending: int = 0
+    num_forgotten_labels: int = 0
+
+    def add(self, values: pa.DictionaryArray) -> None:
+        """Count one batch."""
+        size = len(values.dictionary)
+        found = np.bincount(_indices(values), minlength=size + 1)
+        text = category_text(values.dictionary)
+        is_null = pc.is_null(text).to_numpy(zero_copy_only=False)
+        self.num_rows += len(values)
+        self.num_missing += int(found[size] + found[:size][is_null].sum())
+        keep = ~is_null & (found[:size] > 0)
+        self.pending.append((text.filter(pa.array(keep)), found[:size][keep]))
+        self.num_pending += int(keep.sum())
+        # Merged only once there is as much to merge as there is already: cost stays linear.
+        if self.num_pending > max(65_536, len(self.labels)):
+            self._merge()
+
+    def codes(self, name: str, dtype: str, *, max_categories: int, min_count: int) -> CategoryCodes:
+        """Return the codes: the most frequent labels, ties by text, in the order of their text."""
+        self._merge()
+        frequent = np.flatnonzero(self.counts >= min_count)
+        by_count = frequent[np.argsort(-self.counts[frequent], kind="stable")]
+        kept = np.sort(by_count[:max_categories])  # labels are sorted by text
+        num_known = int(self.counts[kept].sum())
+        return CategoryCodes(
+            name=name,
+            dtype=dtype,
+            labels=tuple(self.labels.take(pa.array(kept)).to_pylist()),
+            counts=tuple(self.counts[kept].tolist()),
+            num_missing=self.num_missing,
+            num_rare_labels=len(self.labels) - len(kept) + self.num_forgotten_labels,
+            num_rare_rows=self.num_rows - self.num_missing - num_known,
+        )
+
+    def _merge(self) -> None:
+        labels = pa.chunked_array([self.labels, *(part for part, _ in self.pending)], pa.string())
+        counts = np.concatenate([self.counts, *(part for _, part in self.pending)])
+        # One thread: the groups' order is sorted away, the sums are whole numbers.
+        groups = pa.table({"label": labels, "count": pa.array(counts)}).group_by(
+            "label", use_threads=False
+        )
+        merged = groups.aggregate([("count", "sum")]).sort_by("label")
+        self.labels = merged["label"].combine_chunks()
+        self.counts = merged["count_sum"].to_numpy()
+        self.pending, self.num_pending = [], 0
+        if len(self.labels) > self.limit:
+            kept = np.sort(np.argsort(-self.counts, kind="stable")[: self.limit // 2])
+            self.num_forgotten_labels += len(self.labels) - len(kept)
+            self.labels, self.counts = self.labels.take(pa.array(kept)), self.counts[kept]
+
+
+class _Sample:
+    """The same seeded train rows of every numeric column, for quantiles."""
+
+    def __init__(self, num_rows: int, size: int, names: tuple[str, ...], *, seed: int) -> None:
+        size = min(size, num_rows)
+        rng = np.random.default_rng(seed)
+        self._rows = np.sort(rng.choice(num_rows, size=size, replace=False, shuffle=False))
+        self._values = {name: np.empty(size) for name in names}
+
+    def add(self, name: str, x_B: Floats, *, start: int) -> None:
+        """Keep the drawn rows of a batch that begins at row ``start``."""
+        first, stop = np.searchsorted(self._rows, [start, start + len(x_B)])
+        self._values[name][first:stop] = x_B[self._rows[first:stop] - start]
+
+    def quantiles(self, scales: list[NumericScale], num_quantiles: int) -> npt.NDArray[np.float32]:
+        """Return standardised quantiles (N, Q), from the exact smallest to the exact largest."""
+        steps = np.linspace(0.0, 1.0, num_quantiles)
+        out_NQ = np.empty((len(scales), num_quantiles), np.float32)
+        for j, scale in enumerate(scales):
+            values = self._values[scale.name]
+            finite = values[np.isfinite(values)]
+            knots = np.quantile(finite if len(finite) else [scale.low, scale.high], steps)
+            knots[[0, -1]] = scale.low, scale.high
+            standardise(knots, mean=scale.mean, std=scale.std, out_B=out_NQ[j])
+        return out_NQ
+
+
+def _useless(codes: CategoryCodes, min_count: int) -> str:
+    if codes.num_missing and (codes.labels or codes.num_rare_rows):
+        return ""
+    if codes.num_missing:
+        return "all train rows are null"
+    if not codes.labels:
+        return f"every label is rare: none comes in {min_count} train rows or more"
+    if len(codes.labels) == 1 and not codes.num_rare_rows:
+        return f"constant: all train rows are {codes.labels[0]!r}"
+    return ""
+
+
+def _refuse_types(
+    schema: pa.Schema, numeric: tuple[str, ...], categories: tuple[str, ...] | list[str]
+) -> None:
+    faults = [
+        f"{name} has type {schema.field(name).type} but role numeric"
+        for name in numeric
+        if not _is_number(schema.field(name).type)
+    ]
+    faults += [
+        f"{name} has type {schema.field(name).type} but role category"
+        for name in categories
+        if pa.types.is_nested(schema.field(name).type) or _is_binary(schema.field(name).type)
+    ]
+    if faults:
+        raise SchemaError(
+            f"these columns cannot be encoded: {'; '.join(faults)}. Give them another role, or "
+            f"derive a number or a text from them in the SQL recipe"
+        )
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    tests = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_boolean)
+    return any(test(kind) for test in tests) or bool(pa.types.is_null(kind))
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    value = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return bool(
+        pa.types.is_binary(value)
+        or pa.types.is_large_binary(value)
+        or pa.types.is_fixed_size_binary(value)
+    )
+
+
+def _numbers(values: pa.Array) -> npt.NDArray[Any]:
+    """Return numbers as NumPy sees them, NaN where null; no copy where there is no null."""
+    kind = values.type
+    if pa.types.is_boolean(kind):
+        values = values.cast(pa.uint8())
+    elif pa.types.is_decimal(kind) or pa.types.is_null(kind):
+        values = values.cast(pa.float64())
+    numbers: npt.NDArray[Any] = values.to_numpy(zero_copy_only=False)
+    return numbers
+
+
+def _dictionary(values: pa.Array, fitted_dtype: str) -> pa.DictionaryArray:
+    """Return values as dictionary codes; floats wider than at the fit are narrowed first."""
+    kind = values.type
+    if pa.types.is_dictionary(kind):
+        return values
+    if fitted_dtype in ("float", "halffloat") and pa.types.is_float64(kind):
+        values = values.cast(pa.float32(), safe=False)
+    if pa.types.is_null(kind):
+        values = values.cast(pa.string())
+    return values.dictionary_encode()
+
+
+def _indices(values: pa.DictionaryArray) -> npt.NDArray[Any]:
+    """Return the dictionary indices, and the length of the dictionary where a value is null."""
+    indices = values.indices
+    if indices.null_count:
+        indices = indices.cast(pa.int64()).fill_null(len(values.dictionary))
+    found: npt.NDArray[Any] = indices.to_numpy()
+    return found
+
+
+def _is_same_memory(a: pa.Array, b: pa.Array) -> bool:
+    if len(a) != len(b) or a.offset != b.offset or a.type != b.type:
+        return False
+    pairs = zip(a.buffers(), b.buffers(), strict=True)
+    return all(x is y or (x and y and x.address == y.address) for x, y in pairs)
+
+
+def _identity(rows: Rows, num_rows: int) -> npt.NDArray[np.int64]:
+    if ROW_ID not in rows.schema.names:
+        return np.arange(num_rows, dtype=np.int64)
+    row_id: npt.NDArray[np.int64] = _whole(rows.column(ROW_ID)).to_numpy(zero_copy_only=False)
+    return row_id.astype(np.int64, copy=False)
+
+
+def _fold(rows: Rows, num_rows: int) -> npt.NDArray[np.int8]:
+    if FOLD not in rows.schema.names:
+        return np.full(num_rows, -1, np.int8)
+    fold = _whole(rows.column(FOLD)).cast(pa.int8()).fill_null(-1)
+    return np.array(fold.to_numpy(zero_copy_only=False), np.int8)
+
+
+def _whole(values: pa.Array | pa.ChunkedArray) -> pa.Array:
+    return values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+
+
+def _narrowest(cardinalities: list[int]) -> np.dtype[Any]:
+    """Return the smallest unsigned type that holds every code."""
+    return np.min_scalar_type(max(cardinalities, default=1) - 1)
+
+
+def _read_fitted(path: Path) -> _Fitted:
+    content = read_json(path)
+    found = content.get("format") if isinstance(content, dict) else type(content).__name__
+    if found != 1:
+        raise IntegrityError(
+            f"{path} has encoder format {found}; this headrace reads format 1: "
+            f"run `headrace upgrade`, then `headrace repro`"
+        )
+    try:
+        return _Fitted.model_validate(content)
+    except ValidationError as error:
+        raise IntegrityError(f"{path} is not a fitted encoder ({error})") from error

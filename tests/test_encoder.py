@@ -1,0 +1,386 @@
+"""The encoder: fitted on train rows, exact about missing and unseen, one code per label."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from headrace.data.encoder import (
+    ENCODER,
+    MISSING,
+    UNKNOWN,
+    Encoder,
+    _LabelCounts,
+    category_text,
+    fit_encoder,
+)
+from headrace.errors import DataError, IntegrityError, SchemaError
+from headrace.schema import Target
+from tests.encode_tables import ROLES, example_columns, write_table
+
+SETTINGS = {
+    "max_categories": 1000,
+    "min_count": 1,
+    "num_quantiles": 11,
+    "quantile_rows": 10_000,
+    "seed": 0,
+}
+
+
+def fit(folder, splits, *, roles=ROLES, targets=None, **changed):
+    more = {} if targets is None else {"targets": targets}
+    table = write_table(folder / "reduce", splits, roles=roles, **more)
+    return fit_encoder(table, **(SETTINGS | changed))
+
+
+def fit_columns(folder, columns, *, roles, **changed):
+    """Fit on given features beside one regression target."""
+    num_rows = len(next(iter(columns.values())))
+    columns = {**columns, "y": pa.array(np.arange(num_rows) * 1.0)}
+    targets = (Target(name="y", task="regression"),)
+    return fit(
+        folder, {"train": columns}, roles={**roles, "y": "target"}, targets=targets, **changed
+    )
+
+
+def codes_of(encoder, values):
+    (name,) = [category.name for category in encoder.categories]
+    return encoder.transform(pa.table({name: values})).codes[:, 0].tolist()
+
+
+def test_numbers_are_standardised_by_train_rows_and_nan_is_kept(tmp_path):
+    """A large mean costs no digits: the difference is taken in float64."""
+    columns = example_columns(1000)
+    encoder = fit(tmp_path, {"train": columns})
+    x = columns["distance"].to_numpy(zero_copy_only=False)
+    expected = (x - np.nanmean(x)) / np.nanstd(x)
+
+    out = encoder.transform(pa.table(columns))
+
+    assert encoder.numeric == ("distance", "seats", "is_weekend")
+    assert out.numeric.dtype == np.float32
+    assert np.array_equal(np.isnan(out.numeric[:, 0]), np.isnan(x))
+    np.testing.assert_allclose(out.numeric[:, 0], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(np.nanmean(out.numeric, axis=0), 0, atol=1e-6)
+    np.testing.assert_allclose(np.nanstd(out.numeric, axis=0), 1, atol=1e-5)
+
+
+def test_moments_merged_over_batches_equal_one_pass(tmp_path):
+    """Many batches of a column with a drift: mean and spread as numpy has them on the whole."""
+    x = np.linspace(1e6, 1e6 + 1, 200_000) ** 2
+    encoder = fit_columns(tmp_path, {"x": pa.array(x)}, roles={"x": "numeric"})
+
+    assert encoder.scales[0].mean == pytest.approx(x.mean(), rel=1e-14)
+    assert encoder.scales[0].std == pytest.approx(x.std(), rel=1e-9)
+    assert (encoder.scales[0].low, encoder.scales[0].high) == (x.min(), x.max())
+
+
+def test_only_train_rows_teach(tmp_path):
+    """Another value in valid or test leaves the encoder as it was; one in train does not."""
+    train, other = example_columns(300), example_columns(50, seed=1)
+    moved = {**other, "seats": pc.add(other["seats"], pa.scalar(1000, pa.int16()))}
+    first = fit(tmp_path / "a", {"train": train, "valid": other, "test": other})
+    same = fit(tmp_path / "b", {"train": train, "valid": moved, "test": moved})
+    changed = fit(tmp_path / "c", {"train": {**train, "seats": pc.negate(train["seats"])}})
+
+    assert first.digest == same.digest
+    assert first.digest != changed.digest
+
+
+def test_unseen_and_missing_have_codes_of_their_own(tmp_path):
+    encoder = fit_columns(tmp_path, {"c": pa.array(["b", "a", None, "b"])}, roles={"c": "category"})
+
+    assert encoder.categories[0].labels == ("a", "b")
+    assert encoder.cardinalities == (4,)
+    assert codes_of(encoder, pa.array(["a", "b", None, "z"])) == [2, 3, MISSING, UNKNOWN]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pa.array([3, 12, None]),
+        pa.array([3, 12, None], pa.uint8()),
+        pa.array([3.0, 12.0, None]),
+        pa.array([3.0, 12.0, float("nan")], pa.float32()),
+        pa.array(["3", "12", None]),
+        pa.array(["3", "12", None], pa.large_string()),
+        pa.array(["3", "12", None]).dictionary_encode(),
+        pa.array([3.0, 12.0, None]).dictionary_encode(),
+        pa.array([3, 12, None], pa.int16()).cast(pa.decimal128(9, 2)),
+    ],
+    ids=lambda values: str(values.type),
+)
+def test_3_and_3_0_and_text_3_are_one_label(tmp_path, values):
+    """Whatever type a file gives a category, at the fit or later, a label has one code."""
+    roles = {"c": "category"}
+    fitted_on_ints = fit_columns(tmp_path / "a", {"c": pa.array([12, 3, 3])}, roles=roles)
+    fitted_on_these = fit_columns(tmp_path / "b", {"c": values}, roles=roles)
+
+    assert codes_of(fitted_on_ints, values) == [3, 2, MISSING]
+    assert fitted_on_these.categories[0].labels == ("12", "3")
+
+
+@given(st.lists(st.integers(-(2**53), 2**53) | st.none(), min_size=1, max_size=20))
+def test_whole_numbers_have_the_same_text_as_floats(values):
+    as_ints = category_text(pa.array(values, pa.int64())).to_pylist()
+
+    assert category_text(pa.array(values, pa.float64())).to_pylist() == as_ints
+    assert as_ints == [None if value is None else str(value) for value in values]
+
+
+def test_floats_narrowed_by_reduce_match_wide_ones_later(tmp_path):
+    """0.1 as float32 and as float64 is one label."""
+    values = pa.array([0.1, 2.5, 0.1], pa.float32())
+    encoder = fit_columns(tmp_path, {"c": values}, roles={"c": "category"})
+
+    assert codes_of(encoder, pa.array([0.1, 2.5, 9.0])) == [2, 3, UNKNOWN]
+
+
+def test_a_boolean_is_what_its_role_says(tmp_path):
+    values = pa.array([True, False, None, True])
+    encoder = fit_columns(
+        tmp_path, {"n": values, "c": values}, roles={"n": "numeric", "c": "category"}
+    )
+    out = encoder.transform(pa.table({"n": values, "c": values}))
+
+    assert encoder.categories[0].labels == ("false", "true")
+    assert out.codes[:, 0].tolist() == [3, 2, MISSING, 3]
+    assert encoder.scales[0].mean == pytest.approx(2 / 3)
+    assert np.isnan(out.numeric[2, 0])
+
+
+def test_rare_labels_and_those_beyond_the_cap_share_code_0(tmp_path):
+    """The most frequent stay; among equals the first by text."""
+    values = pa.array(["d"] * 5 + ["c"] * 3 + ["b"] * 3 + ["a"] * 3 + ["e", None])
+    roles = {"c": "category"}
+    frequent = fit_columns(tmp_path / "a", {"c": values}, roles=roles, min_count=2)
+    capped = fit_columns(tmp_path / "b", {"c": values}, roles=roles, max_categories=3)
+
+    assert frequent.categories[0].labels == ("a", "b", "c", "d")
+    assert capped.categories[0].labels == ("a", "b", "d")
+    assert (capped.categories[0].num_rare_labels, capped.categories[0].num_rare_rows) == (2, 4)
+    assert codes_of(capped, pa.array(["c", "e", "d"])) == [UNKNOWN, UNKNOWN, 4]
+
+
+def test_counting_forgets_the_rarest_beyond_its_limit():
+    """Memory stays bounded by the limit, the frequent labels survive."""
+    counts = _LabelCounts(limit=2000)
+    for start in range(0, 400_000, 40_000):
+        rare = [str(i) for i in range(start, start + 40_000)]
+        counts.add(pa.array(rare + ["often"] * 50).dictionary_encode())
+        assert counts.num_pending + len(counts.labels) < 150_000
+    codes = counts.codes("c", "string", max_categories=10, min_count=100)
+
+    assert codes.labels == ("often",)
+    assert codes.counts == (500,)
+    assert codes.num_rare_rows == 400_000
+
+
+@pytest.mark.parametrize(("num_labels", "dtype"), [(254, "u1"), (255, "u2"), (70_000, "u4")])
+def test_codes_have_the_narrowest_type(tmp_path, num_labels, dtype):
+    values = pa.array(np.arange(num_labels))
+    encoder = fit_columns(tmp_path, {"c": values}, roles={"c": "category"}, max_categories=100_000)
+    out = encoder.transform(pa.table({"c": values}))
+
+    assert out.codes.dtype == np.dtype(dtype)
+    assert sorted(out.codes[:, 0].tolist()) == list(range(2, num_labels + 2))
+
+
+def test_columns_that_carry_nothing_are_left_out_and_named(tmp_path):
+    null, nulls = None, pa.nulls(4, pa.float64())
+    columns = {
+        "ok": pa.array([1.0, 2.0, 3.0, null]),
+        "constant": pa.array([0.1] * 4),
+        "null": nulls,
+        "infinite": pa.array([np.inf, -np.inf, null, np.nan]),
+        "huge": pa.array([1e308, -1e308, 1e308, 5.0]),
+        "flag": pa.array([1.0, null, 1.0, null]),
+        "one_label": pa.array(["a"] * 4),
+        "no_label": pa.nulls(4, pa.string()),
+        "all_rare": pa.array(["a", "b", "c", "d"]),
+        "rare_or_null": pa.array(["a", "b", "c", null]),
+    }
+    numeric = ("ok", "constant", "null", "infinite", "huge", "flag")
+    roles = {name: "numeric" if name in numeric else "category" for name in columns}
+
+    encoder = fit_columns(tmp_path, columns, roles=roles, min_count=2)
+
+    assert encoder.numeric == ("ok", "flag")
+    assert [category.name for category in encoder.categories] == ["rare_or_null"]
+    assert encoder.dropped == {
+        "constant": "constant: all train rows are 0.1",
+        "null": "no value in the train rows is a finite number",
+        "infinite": "no value in the train rows is a finite number",
+        "huge": "values from -1e+308 to 1e+308 are beyond float64 arithmetic",
+        "one_label": "constant: all train rows are 'a'",
+        "no_label": "all train rows are null",
+        "all_rare": "every label is rare: none comes in 2 train rows or more",
+    }
+    out = encoder.transform(pa.table(columns))
+    assert out.numeric[:, 1].tolist()[::2] == [0.0, 0.0]
+    assert np.isnan(out.numeric[1::2, 1]).all()
+
+
+def test_infinite_values_count_as_missing(tmp_path):
+    encoder = fit_columns(
+        tmp_path, {"x": pa.array([1.0, 2.0, np.inf, 3.0])}, roles={"x": "numeric"}
+    )
+    out, num_infinite = encoder.transform_counted(pa.table({"x": [np.inf, -np.inf, 1e300, 2.0]}))
+
+    assert (encoder.scales[0].mean, encoder.scales[0].num_infinite) == (2.0, 1)
+    assert num_infinite.tolist() == [3]
+    assert np.isnan(out.numeric[:3, 0]).all()
+    assert out.numeric[3, 0] == 0
+
+
+def test_quantiles_run_from_the_smallest_to_the_largest(tmp_path):
+    x = np.arange(2001.0) ** 2
+    encoder = fit_columns(tmp_path, {"x": pa.array(x)}, roles={"x": "numeric"}, quantile_rows=500)
+    z = (x - x.mean()) / x.std()
+
+    knots = encoder.quantiles[0]
+
+    assert encoder.quantiles.shape == (1, 11)
+    assert (np.diff(knots) > 0).all()
+    np.testing.assert_allclose(knots[[0, -1]], z[[0, -1]], rtol=1e-6)
+    np.testing.assert_allclose(knots, np.quantile(z, np.linspace(0, 1, 11)), atol=0.25)
+
+
+def test_rows_at_prediction_may_lack_what_is_to_be_predicted(tmp_path):
+    """Plain strings, wider numbers, another column order, no target, weight, fold or id."""
+    columns = example_columns(200)
+    encoder = fit(tmp_path, {"train": columns})
+    full = encoder.transform(pa.table(columns))
+    bare = pa.table(
+        {
+            "gate": columns["gate"].cast(pa.float64()),
+            "carrier": columns["carrier"].cast(pa.string()),
+            "is_weekend": columns["is_weekend"].cast(pa.int64()),
+            "seats": columns["seats"].cast(pa.float64()),
+            "distance": columns["distance"],
+        }
+    )
+    out = encoder.transform(bare)
+
+    assert np.array_equal(out.codes, full.codes)
+    assert np.array_equal(out.numeric, full.numeric, equal_nan=True)
+    assert np.isnan(out.targets).all()
+    assert out.targets.shape == (200, 2)
+    assert (out.weight == 1).all()
+    assert (out.fold == -1).all()
+    assert out.row_id.tolist() == list(range(200))
+
+
+def test_rows_may_come_in_chunks_with_dictionaries_of_their_own(tmp_path):
+    columns = example_columns(200)
+    encoder = fit(tmp_path, {"train": columns})
+    parts = [pa.table(columns).slice(first, 50) for first in range(0, 200, 50)]
+    parts[1] = parts[1].set_column(
+        3, "carrier", parts[1]["carrier"].cast(pa.string()).dictionary_encode()
+    )
+
+    chunked = encoder.transform(pa.concat_tables(parts))
+
+    whole = encoder.transform(pa.table(columns))
+    assert np.array_equal(chunked.codes, whole.codes)
+    assert np.array_equal(chunked.numeric, whole.numeric, equal_nan=True)
+    assert np.array_equal(chunked.weight, whole.weight)
+
+
+def test_no_rows_give_empty_arrays_and_null_columns_are_missing(tmp_path):
+    columns = example_columns(50)
+    encoder = fit(tmp_path, {"train": columns})
+    nulls = {name: pa.nulls(3) for name in encoder.inputs}
+
+    empty = encoder.transform(pa.table(columns).slice(0, 0))
+    missing = encoder.transform(pa.table(nulls))
+
+    assert (empty.numeric.shape, empty.codes.shape, len(empty)) == ((0, 3), (0, 2), 0)
+    assert np.isnan(missing.numeric).all()
+    assert (missing.codes == MISSING).all()
+
+
+def test_targets_are_values_or_class_codes(tmp_path):
+    columns = example_columns(100)
+    encoder = fit(tmp_path, {"train": columns})
+    out = encoder.transform(pa.RecordBatch.from_pydict(columns))
+    delay = columns["delay"].to_numpy(zero_copy_only=False)
+
+    np.testing.assert_allclose(out.targets[:, 0], delay, rtol=1e-6)
+    assert out.targets[:, 1].tolist() == columns["late"].cast(pa.float64()).to_pylist()
+
+
+def test_a_missing_column_is_named_with_the_nearest_name(tmp_path):
+    columns = example_columns(50)
+    encoder = fit(tmp_path, {"train": columns})
+    renamed = pa.table(columns).rename_columns(
+        ["Seats" if name == "seats" else name for name in columns]
+    )
+
+    with pytest.raises(SchemaError, match=r"lack the columns \['seats'\].*nearest name: Seats"):
+        encoder.transform(renamed)
+
+
+def test_a_type_that_does_not_fit_the_role_is_refused(tmp_path):
+    columns = example_columns(50)
+    encoder = fit(tmp_path, {"train": columns})
+    text = pa.table({**columns, "seats": pa.array(["many"] * 50)})
+
+    with pytest.raises(SchemaError, match="seats has type string but role numeric"):
+        encoder.transform(text)
+    when = pa.array(np.arange(4), pa.timestamp("us"))
+    with pytest.raises(SchemaError, match=r"t has type timestamp\[us\] but role numeric"):
+        fit_columns(tmp_path / "b", {"t": when}, roles={"t": "numeric"})
+    lists = pa.array([[1], [2], [3], [4]])
+    with pytest.raises(SchemaError, match="has type list.* but role category"):
+        fit_columns(tmp_path / "c", {"t": lists}, roles={"t": "category"})
+
+
+def test_nothing_to_learn_from_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"no column .* is left to learn from.*'x': 'constant"):
+        fit_columns(tmp_path, {"x": pa.array([1.0, 1.0])}, roles={"x": "numeric"})
+
+
+def test_saved_and_loaded_it_encodes_the_same(tmp_path):
+    columns = example_columns(300)
+    encoder = fit(tmp_path, {"train": columns})
+    (tmp_path / "saved").mkdir()
+    encoder.save(tmp_path / "saved")
+
+    loaded = Encoder.load(tmp_path / "saved")
+
+    assert loaded.digest == encoder.digest
+    assert loaded.dropped == encoder.dropped
+    a, b = encoder.transform(pa.table(columns)), loaded.transform(pa.table(columns))
+    assert np.array_equal(a.numeric, b.numeric, equal_nan=True)
+    assert np.array_equal(a.codes, b.codes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 2}, "encoder format 2; this headrace reads format 1"),
+        ({"contract": "0" * 64}, "was fitted for the contract 000000000000"),
+        ({"numeric": 3}, "is not a fitted encoder"),
+    ],
+)
+def test_a_foreign_encoder_is_refused(tmp_path, change, message):
+    fit(tmp_path, {"train": example_columns(50)}).save(tmp_path)
+    content = json.loads((tmp_path / ENCODER).read_text())
+    (tmp_path / ENCODER).write_text(json.dumps(content | change))
+
+    with pytest.raises(IntegrityError, match=message):
+        Encoder.load(tmp_path)
+
+
+def test_half_of_the_quantiles_is_refused(tmp_path):
+    fit(tmp_path, {"train": example_columns(50)}).save(tmp_path)
+    path = tmp_path / "encoder.safetensors"
+    path.write_bytes(path.read_bytes()[:-40])
+
+    with pytest.raises(IntegrityError, match="is missing or not whole"):
+        Encoder.load(tmp_path)
