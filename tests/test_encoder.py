@@ -336,7 +336,7 @@ def test_a_type_that_does_not_fit_the_role_is_refused(tmp_path):
     with pytest.raises(SchemaError, match=r"t has type timestamp\[us\] but role numeric"):
         fit_columns(tmp_path / "b", {"t": when}, roles={"t": "numeric"})
     lists = pa.array([[1], [2], [3], [4]])
-    with pytest.raises(SchemaError, match="has type list.* but role category"):
+    with pytest.raises(SchemaError, match=r"has type list.* but role category"):
         fit_columns(tmp_path / "c", {"t": lists}, roles={"t": "category"})
 
 

@@ -15,7 +15,9 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
-_PUBLIC: dict[str, str] = {}
+_PUBLIC: dict[str, str] = {
+    "stream": "headrace.data.stream",
+}
 
 
 def __getattr__(name: str) -> Any:

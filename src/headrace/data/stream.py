@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from headrace.data.encoder import EncodedBatch
-from headrace.data.order import Cut, Kind, Position, RowOrder
+from headrace.data.order import KINDS, Cut, Kind, Position, RowOrder
 from headrace.data.shards import Shards, open_shards
 from headrace.errors import ConfigError, HeadraceError, ResourceError
 from headrace.storage import digest_bytes
@@ -119,6 +119,8 @@ class BatchStream(IterableDataset[Batch]):
         ):
             if value < least:
                 raise ConfigError(f"{name} is {value}; it must be at least {least}")
+        if order not in KINDS:
+            raise ConfigError(f"order is {order!r}; it must be one of {', '.join(KINDS)}")
         if not 0 <= rank < num_ranks:
             raise ConfigError(
                 f"rank is {rank}; it must be from 0 to num_ranks - 1 = {num_ranks - 1}"

@@ -1,0 +1,260 @@
+"""The stream: every row once per epoch, restartable anywhere, batches that stay as they are."""
+
+import multiprocessing
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import headrace
+from headrace.data.order import KINDS, Position
+from headrace.data.shards import open_shards
+from headrace.data.stream import BatchStream, loader, stream
+from headrace.errors import ConfigError, IntegrityError, ResourceError
+from tests.encode_tables import encode_example
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    encoded, _, _ = encode_example(tmp_path_factory.mktemp("stream"), num_train=500)
+    return encoded
+
+
+def ids(batches):
+    """Return the row ids batch by batch."""
+    return [batch.row_id.tolist() for batch in batches]
+
+
+def flat(lists):
+    return [value for values in lists for value in values]
+
+
+def same(a, b):
+    return all(
+        torch.equal(torch.nan_to_num(getattr(a, name)), torch.nan_to_num(getattr(b, name)))
+        for name in ("row_id", "numeric", "codes", "targets", "weight", "fold")
+    )
+
+
+def test_three_lines_are_enough(folder):
+    batches = list(headrace.stream(folder, batch_size=64))
+
+    assert [len(batch) for batch in batches] == [64] * 7 + [52]
+    assert batches[0].numeric.shape == (64, 3)
+    assert batches[0].numeric.dtype == torch.float32
+    assert batches[0].codes.dtype == torch.int32
+    assert batches[0].targets.shape == (64, 2)
+
+
+@pytest.mark.parametrize("order", KINDS)
+def test_each_pass_is_an_epoch_of_every_row_once(folder, order):
+    """Two passes: all rows each time, in another order each time unless sequential."""
+    batches = stream(folder, batch_size=33, order=order)
+    first, second = flat(ids(batches)), flat(ids(batches))
+
+    assert sorted(first) == sorted(second) == list(range(500))
+    assert (first == second) == (order == "sequential")
+    assert batches.position == Position(2, 0)
+
+
+def test_sequential_is_the_order_of_the_table(folder):
+    batches = stream(folder, batch_size=33, split="valid", order="sequential")
+
+    assert flat(ids(batches)) == list(range(500, 560))
+
+
+def test_what_belongs_to_a_row_moves_with_it(folder):
+    """Numbers, codes, targets, weight and fold of a row are those of its id."""
+    stored = open_shards(folder, "train").slice(0, 500)
+    for batch in stream(folder, batch_size=100, order="window", seed=5):
+        rows = stored.where(batch.row_id.numpy())
+        assert np.array_equal(batch.numeric.numpy(), rows.numeric, equal_nan=True)
+        assert np.array_equal(batch.codes.numpy(), rows.codes)
+        assert np.array_equal(batch.targets.numpy(), rows.targets, equal_nan=True)
+        assert np.array_equal(batch.weight.numpy(), rows.weight)
+        assert np.array_equal(batch.fold.numpy(), rows.fold)
+
+
+def test_a_held_batch_is_never_overwritten(folder):
+    held = list(stream(folder, batch_size=50))
+    again = stream(folder, batch_size=50)
+
+    assert all(same(a, b) for a, b in zip(held, again, strict=True))
+    held[0].numeric.zero_()
+    assert not same(held[0], next(iter(stream(folder, batch_size=50))))
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
+@given(
+    order=st.sampled_from(KINDS),
+    batch_size=st.integers(1, 300),
+    num_ranks=st.integers(1, 4),
+    epoch=st.integers(0, 2),
+)
+def test_ranks_share_an_epoch_in_equal_steps(folder, order, batch_size, num_ranks, epoch):
+    per_rank = []
+    for rank in range(num_ranks):
+        batches = BatchStream(
+            folder, batch_size=batch_size, order=order, rank=rank, num_ranks=num_ranks
+        )
+        batches.set_position(epoch)
+        per_rank.append(ids(batches))
+
+    assert len({len(batches) for batches in per_rank}) == 1
+    assert sorted(flat(flat(per_rank))) == list(range(500))
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
+@given(order=st.sampled_from(KINDS), used=st.integers(0, 20), epoch=st.integers(0, 2))
+def test_a_stopped_stream_goes_on_with_the_same_rows(folder, order, used, epoch):
+    """Stop after some batches, save, load into a new stream: the rest of the epoch is equal."""
+    first = stream(folder, batch_size=24, order=order)
+    first.set_position(epoch)
+    rest = iter(first)
+    for _ in range(used):
+        next(rest)
+    state = first.state_dict()
+
+    resumed = stream(folder, batch_size=24, order=order)
+    resumed.load_state_dict(state)
+
+    assert resumed.position == Position(epoch, used)
+    assert ids(resumed) == ids(rest)
+
+
+def test_a_batch_counts_when_it_is_handed_out(folder):
+    batches = stream(folder, batch_size=100)
+    running = iter(batches)
+    assert batches.position == Position(0, 0)
+    next(running)
+    assert batches.position == Position(0, 1)
+    for _ in range(4):
+        next(running)
+    assert batches.position == Position(1, 0)
+
+
+def test_a_pass_that_was_broken_off_is_continued(folder):
+    batches = stream(folder, batch_size=100)
+    seen = ids([next(iter(batches)), next(iter(batches))])
+
+    assert sorted(flat(seen + ids(batches))) == list(range(500))
+
+
+@pytest.mark.parametrize("order", KINDS)
+def test_chosen_rows_are_all_that_comes(folder, order):
+    """By mask or by number; the inner part of train for early stopping, for example."""
+    fold = open_shards(folder, "train").read("fold")
+    by_mask = stream(folder, batch_size=30, order=order, rows=fold != 4)
+    by_number = stream(folder, batch_size=30, order=order, rows=np.flatnonzero(fold != 4))
+    rows = ids(by_mask)
+
+    assert by_mask.num_rows == 400
+    assert sorted(flat(rows)) == np.flatnonzero(fold != 4).tolist()
+    assert rows == ids(by_number)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([True, False], "a mask has one entry per row"),
+        ([3, 2], "must be ascending row numbers of the split, each once"),
+        ([3, 3], "must be ascending"),
+        ([499, 500], "must be ascending"),
+        ([-1], "must be ascending"),
+        ([0.5], "is float64; give a mask or row numbers"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused(folder, rows, message):
+    with pytest.raises(ConfigError, match=message):
+        stream(folder, batch_size=30, rows=rows)
+
+
+def test_no_rows_are_no_batches(folder):
+    assert list(stream(folder, batch_size=30, rows=[])) == []
+
+
+@pytest.mark.parametrize(
+    ("settings_", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+        ({"batch_size": 5, "seed": -1}, "seed is -1; it must be at least 0"),
+        ({"batch_size": 5, "rank": 2, "num_ranks": 2}, "rank is 2; it must be from 0 to .* 1"),
+        ({"batch_size": 5, "order": "sorted"}, "order is 'sorted'.*exact, window, block"),
+    ],
+)
+def test_settings_out_of_range_are_refused(folder, settings_, message):
+    with pytest.raises(ConfigError, match=message):
+        BatchStream(folder, **settings_)
+
+
+def test_a_position_of_another_stream_is_refused(folder):
+    state = stream(folder, batch_size=50).state_dict()
+
+    with pytest.raises(ConfigError, match="'global_batch': '50 there, 25 here'"):
+        stream(folder, batch_size=25).load_state_dict(state)
+    with pytest.raises(ConfigError, match=r"another stream: {'rows': 'all there"):
+        stream(folder, batch_size=50, rows=[1, 2, 3]).load_state_dict(state)
+    with pytest.raises(ConfigError, match=r"epoch 0, 11 batches used\) is not in this stream"):
+        stream(folder, batch_size=50).set_position(0, 11)
+    halved = BatchStream(folder, batch_size=25, num_ranks=2)
+    halved.load_state_dict(state)
+
+
+def test_shards_of_another_contract_are_refused(folder):
+    with pytest.raises(IntegrityError, match="the reader was made for"):
+        BatchStream(folder, batch_size=5, contract_digest="0" * 64)
+
+
+def test_a_loader_of_ones_own_takes_whole_batches(folder):
+    own = torch.utils.data.DataLoader(stream(folder, batch_size=50), batch_size=None)
+
+    assert len(own) == 10
+    assert ids(own) == ids(stream(folder, batch_size=50))
+
+
+def test_a_loader_without_workers_is_the_stream(folder):
+    batches = loader(stream(folder, batch_size=50), num_workers=0)
+
+    assert len(batches) == 10
+    assert ids(batches) == ids(stream(folder, batch_size=50))
+    assert batches.state_dict()["epoch"] == 1
+    with pytest.raises(ConfigError, match="num_workers is -1"):
+        loader(stream(folder, batch_size=50), num_workers=-1)
+
+
+def test_workers_give_the_same_batches_each_epoch_and_after_a_stop(folder):
+    """Two epochs with workers that stay, a stop in the third, the rest without workers."""
+    plain = stream(folder, batch_size=24)
+    expected = [list(plain) for _ in range(3)]
+    batches = loader(stream(folder, batch_size=24), num_workers=2)
+    try:
+        for epoch in range(2):
+            assert all(same(a, b) for a, b in zip(batches, expected[epoch], strict=True))
+        running = iter(batches)
+        seen = [next(running) for _ in range(7)]
+        state = batches.state_dict()
+        running.close()
+        assert all(same(a, b) for a, b in zip(seen, expected[2], strict=False))
+        assert (state["epoch"], state["batches"]) == (2, 7)
+        rest = list(batches)  # the same workers, from where it stopped
+    finally:
+        batches.close()
+    resumed = stream(folder, batch_size=24)
+    resumed.load_state_dict(state)
+
+    assert ids(rest) == ids(expected[2][7:])
+    assert ids(resumed) == ids(expected[2][7:])
+
+
+def test_a_dead_worker_is_an_error_with_the_position(folder):
+    batches = loader(stream(folder, batch_size=1), num_workers=1, timeout_s=60)
+    running = iter(batches)
+    try:
+        next(running)
+        multiprocessing.active_children()[0].kill()
+        with pytest.raises(ResourceError, match=r"a worker process .* failed.*epoch=0"):
+            list(running)
+    finally:
+        batches.close()
