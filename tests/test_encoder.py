@@ -108,6 +108,7 @@ def test_unseen_and_missing_have_codes_of_their_own(tmp_path):
         pa.array([3.0, 12.0, float("nan")], pa.float32()),
         pa.array(["3", "12", None]),
         pa.array(["3", "12", None], pa.large_string()),
+        pa.array(["3", "12", None], pa.string_view()),
         pa.array(["3", "12", None]).dictionary_encode(),
         pa.array([3.0, 12.0, None]).dictionary_encode(),
         pa.array([3, 12, None], pa.int16()).cast(pa.decimal128(9, 2)),
@@ -132,12 +133,24 @@ def test_whole_numbers_have_the_same_text_as_floats(values):
     assert as_ints == [None if value is None else str(value) for value in values]
 
 
-def test_floats_narrowed_by_reduce_match_wide_ones_later(tmp_path):
-    """0.1 as float32 and as float64 is one label."""
-    values = pa.array([0.1, 2.5, 0.1], pa.float32())
+FLOATS = pa.array([0.1, 2.5, 0.1])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        FLOATS.cast(pa.float32(), safe=False),
+        FLOATS.cast(pa.float16(), safe=False),
+        FLOATS.cast(pa.float32(), safe=False).dictionary_encode(),
+    ],
+    ids=lambda values: str(values.type),
+)
+def test_floats_narrowed_by_reduce_match_wide_ones_later(tmp_path, values):
+    """0.1 in a narrow type and as float64 is one label."""
     encoder = fit_columns(tmp_path, {"c": values}, roles={"c": "category"})
 
     assert codes_of(encoder, pa.array([0.1, 2.5, 9.0])) == [2, 3, UNKNOWN]
+    assert codes_of(encoder, pa.array([0.1, 2.5]).dictionary_encode()) == [2, 3]
 
 
 def test_a_boolean_is_what_its_role_says(tmp_path):

@@ -46,6 +46,7 @@ from headrace.schema import (
     ROW_ID,
     Contract,
     Target,
+    arrow_type,
     encode_target,
     read_contract,
 )
@@ -297,17 +298,17 @@ class Encoder:
 
     def _fill_codes(self, part: pa.RecordBatch, out_BC: npt.NDArray[Any]) -> None:
         for j, category in enumerate(self.categories):
-            values = _dictionary(part.column(category.name), category.dtype)
+            values = _dictionary(part.column(category.name))
             lut = self._lut(j, values.dictionary)
             remap(_indices(values), lut, out_B=out_BC[:, j])
 
     def _lut(self, j: int, dictionary: pa.Array) -> npt.NDArray[Any]:
         """Return the codes of a dictionary's values, and after them that of null."""
-        name = self.categories[j].name
+        name, dtype = self.categories[j].name, self.categories[j].dtype
         held, lut = self._luts.get(name, (None, None))
         if lut is not None and _is_same_memory(held, dictionary):
             return lut
-        text = category_text(dictionary)
+        text = category_text(_rounded_as_fitted(dictionary, dtype))
         found = pc.index_in(text, value_set=self._labels[j])
         codes = pc.fill_null(pc.add(found, FIRST_LABEL), UNKNOWN)
         codes = pc.if_else(pc.is_valid(text), codes, MISSING)
@@ -372,7 +373,7 @@ def fit_encoder(
             moments[name].add(x_B)
             sample.add(name, x_B, start=done)
         for name in categories:
-            counts[name].add(_dictionary(batch.column(name), contract.column(name).dtype))
+            counts[name].add(_dictionary(batch.column(name)))
         done += batch.num_rows
         if progress:
             progress(done)
@@ -655,16 +656,24 @@ def _numbers(values: pa.Array) -> npt.NDArray[Any]:
     return numbers
 
 
-def _dictionary(values: pa.Array, fitted_dtype: str) -> pa.DictionaryArray:
-    """Return values as dictionary codes; floats wider than at the fit are narrowed first."""
+def _dictionary(values: pa.Array) -> pa.DictionaryArray:
     kind = values.type
     if pa.types.is_dictionary(kind):
         return values
-    if fitted_dtype in ("float", "halffloat") and pa.types.is_float64(kind):
-        values = values.cast(pa.float32(), safe=False)
-    if pa.types.is_null(kind):
+    if pa.types.is_float16(kind):  # Arrow cannot hash it
+        values = values.cast(pa.float32())
+    elif pa.types.is_null(kind):
         values = values.cast(pa.string())
     return values.dictionary_encode()
+
+
+def _rounded_as_fitted(values: pa.Array, fitted_dtype: str) -> pa.Array:
+    """Round floats to the narrower float type of the fit: 0.1 is then the same label in both."""
+    kind = arrow_type(fitted_dtype)
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not (pa.types.is_floating(kind) and pa.types.is_floating(values.type)):
+        return values
+    return values.cast(kind, safe=False) if kind.bit_width < values.type.bit_width else values
 
 
 def _indices(values: pa.DictionaryArray) -> npt.NDArray[Any]:
