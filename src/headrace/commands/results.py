@@ -1,0 +1,84 @@
+"""What a run has to show: the table of models with intervals, the stages' cost, where to look next.
+
+Read from the outs of ``evaluate`` and from the journal; nothing is computed here.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from headrace.project import Project
+from headrace.storage import read_json
+
+
+@dataclass(frozen=True)
+class Result:
+    """One model's primary metric on one target, on test rows."""
+
+    target: str
+    metric: str
+    model: str
+    value: float | None
+    low: float | None
+    high: float | None
+    verdict: str  # chosen, tied, better, worse, unknown
+    unit: str
+    num_units: int
+
+    @property
+    def interval(self) -> str:
+        """The value with its interval, as text."""
+        if self.value is None:
+            return "undefined"
+        if self.low is None or self.high is None:
+            return f"{self.value:.4g}"
+        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
+
+
+def results(project: Project) -> list[Result]:
+    """Return the primary metric of every model and target, best first; empty before evaluate."""
+    path = project.data("evaluate") / "comparison.json"
+    if not path.is_file():
+        return []
+    content = read_json(path)
+    found = []
+    for target, entry in content.get("targets", content).items():
+        if not isinstance(entry, dict) or "primary" not in entry:
+            continue
+        primary = next(m for m in entry["metrics"] if m["name"] == entry["primary"])
+        own = [_result(target, entry, primary, model) for model in entry["models"]]
+        sign = -1.0 if primary["higher_is_better"] else 1.0
+        found += sorted(own, key=lambda r: float("inf") if r.value is None else sign * r.value)
+    return found
+
+
+def report(project: Project) -> Path | None:
+    """The path of the report, if there is one."""
+    path = project.data("evaluate") / "report.html"
+    return path if path.is_file() else None
+
+
+def looks(project: Project) -> int | None:
+    """How often ``evaluate`` has read this split's test rows, or None if nothing tells."""
+    from headrace.tracking.history import count_looks
+
+    path = project.data("extract") / "extract.json"
+    digest = read_json(path).get("split_digest") if path.is_file() else None
+    if isinstance(digest, dict):
+        digest = digest.get("test")
+    return count_looks(project.journal, str(digest)) if digest else None
+
+
+def _result(target: str, entry: Any, primary: Any, model: str) -> Result:
+    one = entry["models"][model][primary["name"]]
+    return Result(
+        target=target,
+        metric=primary["title"],
+        model=model,
+        value=one.get("value"),
+        low=one.get("ci_low"),
+        high=one.get("ci_high"),
+        verdict=one["verdict"],
+        unit=entry["unit"],
+        num_units=entry["num_units"],
+    )

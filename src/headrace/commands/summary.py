@@ -1,0 +1,108 @@
+"""The end of a run on the terminal: what it cost, what it found, where to look, what to do next."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from headrace.commands.pipeline import Dag
+from headrace.commands.results import Result, looks, report, results
+from headrace.lineage import environment_digest, lineage_id, stage_keys
+from headrace.memory import format_bytes
+from headrace.params import Resources, parse_section, read_yaml
+from headrace.project import LOCK, Project
+
+_TIED = ("chosen", "tied")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one stage took: seconds, and the peak over all processes of the run while it ran."""
+
+    stage: str
+    state: str
+    seconds: float
+    peak_bytes: int
+
+
+def print_summary(project: Project, dag: Dag, costs: Sequence[Cost], console: Console) -> None:
+    """Print the tables and the pointers that end every run."""
+    ran = [cost for cost in costs if cost.state != "unchanged"]
+    if ran:
+        console.print(_cost_table(ran, _budget(project)))
+    found = results(project)
+    for target in dict.fromkeys(one.target for one in found):
+        own = [one for one in found if one.target == target]
+        console.print(_result_table(own))
+        console.print(_tie_sentence(own), markup=False, highlight=False)
+    for line in _pointers(project, dag, has_results=bool(found)):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _cost_table(costs: Sequence[Cost], budget: int) -> Table:
+    table = Table(title="Stages", title_justify="left", title_style="bold")
+    table.add_column("stage")
+    table.add_column("result")
+    table.add_column("seconds", justify="right")
+    table.add_column(f"peak memory (budget {format_bytes(budget)})", justify="right")
+    for cost in costs:
+        peak = format_bytes(cost.peak_bytes) if cost.peak_bytes else "not measured"
+        table.add_row(cost.stage, cost.state, f"{cost.seconds:.1f}", peak)
+    table.add_section()
+    peak_bytes = max(cost.peak_bytes for cost in costs)
+    seconds = sum(cost.seconds for cost in costs)
+    peak = format_bytes(peak_bytes) if peak_bytes else ""
+    table.add_row("all", "", f"{seconds:.1f}", peak)
+    return table
+
+
+def _result_table(own: Sequence[Result]) -> Table:
+    first = own[0]
+    table = Table(
+        title=f"{first.target}: {first.metric} on test rows, "
+        f"95 % interval over {first.num_units} {first.unit}",
+        title_justify="left",
+        title_style="bold",
+    )
+    table.add_column("model")
+    table.add_column("value [interval]", justify="right")
+    table.add_column("against the chosen")
+    for one in own:
+        table.add_row(one.model, one.interval, one.verdict)
+    return table
+
+
+def _tie_sentence(own: Sequence[Result]) -> str:
+    chosen = [one.model for one in own if one.verdict == "chosen"]
+    tied = [one.model for one in own if one.verdict == "tied"]
+    if not chosen:
+        return ""
+    if not tied:
+        return f"{chosen[0]} was chosen on valid rows; no other model is tied with it"
+    return f"{chosen[0]} was chosen on valid rows; tied with it: {', '.join(tied)}"
+
+
+def _pointers(project: Project, dag: Dag, *, has_results: bool) -> list[str]:
+    lines = []
+    count = looks(project)
+    if count:
+        times = "once" if count == 1 else f"{count} times"
+        lines.append(f"test rows of this split looked at: {times}")
+    keys = stage_keys(project.root / LOCK)
+    lines.append(f"lineage id: {lineage_id(keys, dag.by_name, environment_digest())}")
+    if path := report(project):
+        lines.append(f"report: {path}")
+    lines.append("MLflow and Prefect UIs: headrace ui")
+    step = (
+        "change a value in params.yaml, see `headrace why`, then `headrace run`"
+        if has_results
+        else "headrace status"
+    )
+    lines.append(f"next: {step}")
+    return lines
+
+
+def _budget(project: Project) -> int:
+    section = read_yaml(project.params).get("resources")
+    return parse_section(Resources, section, key="resources", path=project.params).memory_budget
