@@ -1,0 +1,179 @@
+"""What predictions are judged against: labels, weights and resampling units of one split.
+
+The rows of the table are the reference. Predictions are lined up with them by ``row_id`` alone;
+a model without a prediction for a labelled row, or with one for a row that the split does not
+have, is refused: scores of different rows cannot be compared.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from headrace.data.predictions import Predictions
+from headrace.data.table import Table
+from headrace.errors import ConfigError, DataError
+from headrace.schema import ROW_ID, Contract, encode_target
+from headrace.storage import digest_bytes
+
+Floats: TypeAlias = npt.NDArray[np.float64]
+UnitChoice = Literal["auto", "row", "group", "hour", "day", "week", "month"]
+_TIME_UNITS = ("hour", "day", "week", "month")
+
+
+@dataclass(frozen=True)
+class Truth:
+    """The labelled side of one split, sorted by row id.
+
+    Shapes: ``row_id`` (N,); ``labels`` per target (N,) float64: the value or the class code, NaN
+    where the label is missing; ``weight`` (N,) or None without a weight column; ``unit_of_row``
+    (N,) codes of the resampling units, which are called ``unit``.
+    """
+
+    split: str
+    row_id: npt.NDArray[np.int64]
+    labels: dict[str, Floats]
+    weight: Floats | None
+    unit: str
+    unit_of_row: npt.NDArray[np.int64]
+
+    @property
+    def digest(self) -> str:
+        """Digest of the sorted row ids: names the set of rows, whatever their labels."""
+        return digest_bytes(np.sort(self.row_id).astype("<i8").tobytes())
+
+
+def read_truth(table: Table, split: str, *, unit: UnitChoice, key: str) -> Truth:
+    """Read labels, weights and units of ``split``; ``key`` is where params.yaml sets the unit.
+
+    ``unit`` auto is the group where the contract has a group column, else the day where it has a
+    time column, else the row.
+
+    Raises:
+        ConfigError: if the unit asked for needs a column that the contract does not have.
+        DataError: no rows in the split; a weight that is missing, negative or not finite, or all
+            weights 0; an infinite label.
+    """
+    contract = table.contract
+    unit_name, unit_column = _choose_unit(contract, unit, key)
+    wanted = [target.name for target in contract.targets]
+    wanted += [name for name in (contract.weight, unit_column) if name is not None]
+    rows = table.read(split, [ROW_ID, *dict.fromkeys(wanted)])
+    if rows.num_rows == 0:
+        raise DataError(
+            f"{table.folder} has no {split} rows, and this stage needs them; "
+            f"change `extract.split` in params.yaml so that {split} gets a share"
+        )
+    labels = {target.name: encode_target(rows[target.name], target) for target in contract.targets}
+    infinite = [name for name, values in labels.items() if np.isinf(values).any()]
+    if infinite:
+        raise DataError(f"{table.folder}: targets {infinite} have infinite labels in {split} rows")
+    return Truth(
+        split=split,
+        row_id=rows[ROW_ID].to_numpy(),
+        labels=labels,
+        weight=_weights(rows, contract, split),
+        unit=unit_name,
+        unit_of_row=_unit_codes(rows, unit_column, unit_name),
+    )
+
+
+def line_up(
+    predictions: Predictions, truth: Truth, is_needed: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.int64]:
+    """Return where the rows of ``truth`` that are needed stand in ``predictions``.
+
+    ``predictions`` are those of the split of ``truth``. Shape: one position per needed row.
+
+    Raises:
+        DataError: if needed rows have no prediction, or predictions are of rows that the split
+            does not have: with the count and the first row ids.
+    """
+    who = f"model {predictions.model!r}, target {predictions.target!r}"
+    unknown = predictions.row_id[~np.isin(predictions.row_id, truth.row_id)]
+    if len(unknown):
+        raise DataError(
+            f"{who}: {len(unknown)} predictions are of rows that the {truth.split} split does not "
+            f"have; first row ids: {_first(unknown)}; run `headrace repro` to predict again"
+        )
+    needed = truth.row_id[is_needed]
+    order = np.argsort(predictions.row_id, kind="stable")
+    places = np.searchsorted(predictions.row_id, needed, sorter=order)
+    found = np.zeros(len(needed), dtype=bool)
+    is_inside = places < len(order)
+    found[is_inside] = predictions.row_id[order[places[is_inside]]] == needed[is_inside]
+    if not found.all():
+        lost = needed[~found]
+        raise DataError(
+            f"{who}: {len(lost)} labelled {truth.split} rows have no prediction; "
+            f"first row ids: {_first(lost)}; run `headrace repro` to predict again"
+        )
+    positions: npt.NDArray[np.int64] = order[places]
+    return positions
+
+
+def _choose_unit(contract: Contract, unit: UnitChoice, key: str) -> tuple[str, str | None]:
+    groups, times = contract.named("group"), contract.named("time")
+    if unit == "auto":
+        unit = "group" if groups else "day" if times else "row"
+        if unit == "day" and not _is_temporal(contract, times[0]):
+            return times[0], times[0]  # a year, a week number: its values are the blocks
+    if unit == "row":
+        return "row", None
+    if unit == "group":
+        if not groups:
+            raise ConfigError(f"`{key}` is group, but the data contract has no group column")
+        return groups[0], groups[0]
+    if not times:
+        raise ConfigError(f"`{key}` is {unit}, but the data contract has no time column")
+    if not _is_temporal(contract, times[0]):
+        raise ConfigError(
+            f"`{key}` is {unit}, but the time column {times[0]!r} is "
+            f"{contract.column(times[0]).dtype}, which has no {unit}s; use auto or row"
+        )
+    return unit, times[0]
+
+
+def _is_temporal(contract: Contract, name: str) -> bool:
+    return contract.column(name).dtype.startswith(("timestamp", "date"))
+
+
+def _unit_codes(rows: pa.Table, column: str | None, unit: str) -> npt.NDArray[np.int64]:
+    if column is None:
+        return np.arange(rows.num_rows, dtype=np.int64)
+    values = rows[column]
+    if pa.types.is_dictionary(values.type):
+        values = values.cast(values.type.value_type)
+    if unit in _TIME_UNITS:
+        values = pc.floor_temporal(values, unit=unit)
+    # Codes follow the values' order, so they do not depend on the order of rows; null is a unit.
+    encoded = pc.dictionary_encode(values.combine_chunks(), null_encoding="encode")
+    codes = encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
+    order = pc.sort_indices(encoded.dictionary).to_numpy()
+    position = np.empty(len(order), dtype=np.int64)
+    position[order] = np.arange(len(order))
+    return position[codes]
+
+
+def _weights(rows: pa.Table, contract: Contract, split: str) -> Floats | None:
+    name = contract.weight
+    if name is None:
+        return None
+    weight: Floats = rows[name].cast(pa.float64()).to_numpy()
+    is_bad = ~np.isfinite(weight) | (weight < 0)
+    if is_bad.any():
+        row_ids = rows[ROW_ID].to_numpy()[is_bad]
+        raise DataError(
+            f"the weight column {name!r} is missing, negative or infinite in {len(row_ids)} "
+            f"{split} rows; first row ids: {_first(row_ids)}; mend or drop these rows in the recipe"
+        )
+    if not weight.any():
+        raise DataError(f"the weight column {name!r} is 0 in all {split} rows")
+    return weight
+
+
+def _first(row_ids: npt.NDArray[np.int64]) -> list[str]:
+    return [str(row_id) for row_id in row_ids[:5]]

@@ -1,0 +1,252 @@
+"""Bootstrap resamples of metrics, compiled: draw counts, then weigh what was prepared once.
+
+A resample is a count per unit (row, group or day): how often the unit was drawn. A metric that is
+a function of sums is then counts x per-unit sums, and a ranking metric is one walk over rows that
+were sorted once. So a resample costs one pass and no sort, no copy of rows and no Python.
+
+Resample ``number`` of ``seed`` has its own random stream, so the same resamples come for every
+model (that is what pairs two models), in any order and on any number of threads.
+
+Cost, 100,000 rows on one core of 2025: drawing 0.6 ns per row, a column of sums 0.1 ns, a ranking
+0.8 ns for the area under the ROC curve and about as much again for average precision.
+
+Legend: U units, N rows, K columns of sums, R rankings, B resamples.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+Floats: TypeAlias = npt.NDArray[np.float64]
+
+_CHUNK = 16  # resamples one thread takes at a time
+# Below this a 64-bit word gives two draws; a unit's chance is then off by less than 1 part in 4096.
+_MAX_HALF_WORD = 1 << 20
+_compiled: Any = numba.njit  # untyped upstream
+_U = np.uint64
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_LOW = np.uint64(0xFFFFFFFF)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Rows sorted by score, best first, positives first among equal scores; weighed per class.
+
+    Shapes: ``unit`` (N,) int64, the unit of each sorted row; ``positive`` and ``negative`` (N,),
+    the row's weight if it is of that class, else 0: int64 if all weights are 1, else float64;
+    ``mixed`` (groups, 3) int64, start, first negative and end of each group of equal scores that
+    holds both classes; ``ends`` (groups,) int64, ends of the groups that hold a positive row, or
+    empty if average precision is not wanted.
+    """
+
+    unit: npt.NDArray[np.int64]
+    positive: npt.NDArray[Any]
+    negative: npt.NDArray[Any]
+    mixed: npt.NDArray[np.int64]
+    ends: npt.NDArray[np.int64]
+
+
+def rank(
+    score: Floats,
+    is_positive: npt.NDArray[np.bool_],
+    weight: Floats | None,
+    unit: npt.NDArray[np.int64],
+    *,
+    with_precision: bool,
+) -> Ranking:
+    """Sort rows once for all resamples; ``weight`` None means that every row weighs 1."""
+    order = np.lexsort((~is_positive, -score))
+    sorted_score, sorted_positive = score[order], is_positive[order]
+    if weight is None:
+        positive: npt.NDArray[Any] = sorted_positive.astype(np.int64)
+        negative: npt.NDArray[Any] = 1 - positive
+    else:
+        positive = np.where(sorted_positive, weight[order], 0.0)
+        negative = np.where(sorted_positive, 0.0, weight[order])
+    ends = np.flatnonzero(np.append(np.diff(sorted_score) != 0, True)) + 1
+    starts = np.insert(ends[:-1], 0, 0)
+    middles = starts + np.add.reduceat(sorted_positive, starts, dtype=np.int64)
+    is_mixed = (middles > starts) & (middles < ends)
+    return Ranking(
+        unit=unit[order],
+        positive=positive,
+        negative=negative,
+        mixed=np.column_stack([starts, middles, ends])[is_mixed],
+        ends=ends[middles > starts] if with_precision else np.empty(0, np.int64),
+    )
+
+
+def rank_once(ranking: Ranking, num_units: int) -> Floats:
+    """Return (area under ROC, average precision) of the rows themselves, each unit counted once."""
+    counts = np.ones(num_units, np.uint8)
+    return np.array(
+        [_area(counts, *_area_of(ranking)), _precision(counts, *_precision_of(ranking))]
+    )
+
+
+def resample(
+    columns_KU: Floats,
+    rankings: Sequence[Ranking],
+    *,
+    num_resamples: int,
+    seed: int,
+    threads: int,
+) -> tuple[Floats, Floats]:
+    """Return the sums (B, K) and the rankings' metrics (B, R, 2) of every resample.
+
+    The metrics of a ranking are area under the ROC curve and average precision, NaN in a resample
+    where they are not defined (one class only), and NaN throughout if precision is not wanted.
+    """
+    sums_BK = np.empty((num_resamples, len(columns_KU)))
+    ranks_BR = np.full((num_resamples, len(rankings), 2), np.nan)
+    columns_KU = np.ascontiguousarray(columns_KU)
+
+    def run(first: int) -> None:
+        chunk = slice(first, min(first + _CHUNK, num_resamples))
+        counts_BU = np.empty((chunk.stop - chunk.start, columns_KU.shape[1]), np.uint8)
+        _draw(counts_BU, np.uint64(seed), np.uint64(first))
+        _sums(counts_BU, columns_KU, sums_BK[chunk])
+        for number, ranking in enumerate(rankings):
+            _areas(counts_BU, *_area_of(ranking), ranks_BR[chunk, number, 0])
+            if len(ranking.ends):
+                _precisions(counts_BU, *_precision_of(ranking), ranks_BR[chunk, number, 1])
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(run, range(0, num_resamples, _CHUNK)))
+    return sums_BK, ranks_BR
+
+
+def draw_counts(num_units: int, *, num_resamples: int, seed: int) -> npt.NDArray[np.uint8]:
+    """Return how often each unit is drawn, (B, U), as ``resample`` draws it.
+
+    A count never passes 255: with more units than that its chance is below 1 in 10^500.
+    """
+    counts_BU = np.empty((num_resamples, num_units), np.uint8)
+    _draw(counts_BU, np.uint64(seed), np.uint64(0))
+    return counts_BU
+
+
+def _area_of(ranking: Ranking) -> tuple[Any, ...]:
+    return ranking.unit, ranking.positive, ranking.negative, ranking.mixed
+
+
+def _precision_of(ranking: Ranking) -> tuple[Any, ...]:
+    return ranking.unit, ranking.positive, ranking.negative, ranking.ends
+
+
+@_compiled(inline="always")
+def _mix(word):  # type: ignore[no-untyped-def]
+    # splitmix64's finaliser (Steele, Lea, Flood 2014): near seeds give unrelated states.
+    word = (word ^ (word >> _U(30))) * _U(0xBF58476D1CE4E5B9)
+    word = (word ^ (word >> _U(27))) * _U(0x94D049BB133111EB)
+    return word ^ (word >> _U(31))
+
+
+@_compiled(nogil=True, cache=True)
+def _draw(counts_BU, seed, first):  # type: ignore[no-untyped-def]
+    # xoshiro256++ (Blackman, Vigna 2019), its state taken from (seed, resample number).
+    num_units = counts_BU.shape[1]
+    size = _U(num_units)
+    for number in range(counts_BU.shape[0]):
+        counts = counts_BU[number]
+        counts[:] = 0
+        start = _mix(seed * _GOLDEN + _mix(first + _U(number) + _U(1)))
+        s0 = _mix(start + _GOLDEN)
+        s1 = _mix(start + _GOLDEN * _U(2))
+        s2 = _mix(start + _GOLDEN * _U(3))
+        s3 = _mix(start + _GOLDEN * _U(4))
+        is_half = num_units <= _MAX_HALF_WORD
+        num_words = (num_units + 1) // 2 if is_half else num_units
+        for word in range(num_words):
+            mixed = s0 + s3
+            draw = ((mixed << _U(23)) | (mixed >> _U(41))) + s0
+            shifted = s1 << _U(17)
+            s2 ^= s0
+            s3 ^= s1
+            s1 ^= s2
+            s0 ^= s3
+            s2 ^= shifted
+            s3 = (s3 << _U(45)) | (s3 >> _U(19))
+            if is_half:
+                counts[((draw & _LOW) * size) >> _U(32)] += np.uint8(1)
+                if 2 * word + 1 < num_units:
+                    counts[((draw >> _U(32)) * size) >> _U(32)] += np.uint8(1)
+            else:
+                share = np.float64(draw >> _U(11)) * 1.1102230246251565e-16  # in [0, 1)
+                counts[min(np.int64(share * num_units), num_units - 1)] += np.uint8(1)
+
+
+@_compiled(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+def _sums(counts_BU, columns_KU, out_BK):  # type: ignore[no-untyped-def]
+    for number in range(counts_BU.shape[0]):
+        counts = counts_BU[number]
+        for k in range(columns_KU.shape[0]):
+            column = columns_KU[k]
+            total = 0.0
+            for u in range(column.shape[0]):
+                total += counts[u] * column[u]
+            out_BK[number, k] = total
+
+
+@_compiled(nogil=True, cache=True)
+def _area(counts, unit, positive, negative, mixed):  # type: ignore[no-untyped-def]
+    # Pairs (positive, negative) in which the positive is ranked first; no branch per row.
+    above = positive[0] * 0
+    below = negative[0] * 0
+    pairs = above * below
+    for i in range(unit.shape[0]):
+        count = np.int64(counts[unit[i]])
+        above += count * positive[i]
+        weight = count * negative[i]
+        below += weight
+        pairs += weight * above
+    if above == 0 or below == 0:
+        return np.nan
+    tied = 0.0  # in a group of equal scores all pairs were taken as won; half of them are
+    for g in range(mixed.shape[0]):
+        start, middle, end = mixed[g]
+        group_above = positive[0] * 0
+        group_below = negative[0] * 0
+        for i in range(start, middle):
+            group_above += np.int64(counts[unit[i]]) * positive[i]
+        for i in range(middle, end):
+            group_below += np.int64(counts[unit[i]]) * negative[i]
+        tied += np.float64(group_above) * np.float64(group_below)
+    return (np.float64(pairs) - 0.5 * tied) / (np.float64(above) * np.float64(below))
+
+
+@_compiled(nogil=True, cache=True)
+def _precision(counts, unit, positive, negative, ends):  # type: ignore[no-untyped-def]
+    # Sum over groups of equal scores of (recall gained) x (precision down to this group).
+    above = positive[0] * 0
+    all_rows = above + negative[0] * 0
+    total = 0.0
+    i = 0
+    for g in range(ends.shape[0]):
+        before = above
+        while i < ends[g]:
+            count = np.int64(counts[unit[i]])
+            weight = count * positive[i]
+            above += weight
+            all_rows += weight + count * negative[i]
+            i += 1
+        if above > before:
+            total += np.float64(above - before) * (np.float64(above) / np.float64(all_rows))
+    return total / np.float64(above) if above > 0 else np.nan
+
+
+@_compiled(nogil=True, cache=True)
+def _areas(counts_BU, unit, positive, negative, mixed, out_B):  # type: ignore[no-untyped-def]
+    for number in range(counts_BU.shape[0]):
+        out_B[number] = _area(counts_BU[number], unit, positive, negative, mixed)
+
+
+@_compiled(nogil=True, cache=True)
+def _precisions(counts_BU, unit, positive, negative, ends, out_B):  # type: ignore[no-untyped-def]
+    for number in range(counts_BU.shape[0]):
+        out_B[number] = _precision(counts_BU[number], unit, positive, negative, ends)

@@ -1,0 +1,366 @@
+"""Stage ``evaluate``: every model on the test rows, with intervals, comparisons and a report.
+
+This is the one place where labels of test rows are read. It reports and chooses nothing: which
+model leads each table was settled on valid rows by ``stack``. One run is one look at the test set,
+told to the recorder once, by the digest of the test rows' ids.
+"""
+
+import csv
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import Field
+
+from headrace.data.predictions import read_predictions
+from headrace.data.table import Table, open_table
+from headrace.data.truth import Truth, UnitChoice, line_up, read_truth
+from headrace.errors import DataError, IntegrityError, ResourceError
+from headrace.evaluation.bootstrap import (
+    FEW_UNITS,
+    Resampling,
+    Scored,
+    Units,
+    bootstrap,
+    bytes_needed,
+)
+from headrace.evaluation.comparison import Comparison, comparison_json, judge, metrics_json
+from headrace.evaluation.figures import Points, draw
+from headrace.evaluation.metrics import Sample
+from headrace.evaluation.plots import Figure
+from headrace.evaluation.report import ReportInputs, TargetSection, interval_text, render_report
+from headrace.evaluation.selection import STACK, rounded
+from headrace.memory import format_bytes
+from headrace.params import Resources, Section
+from headrace.record import Recorder
+from headrace.schema import Contract, Target
+from headrace.storage import (
+    new_folder,
+    read_json,
+    verify_file,
+    verify_folder,
+    write_file,
+    write_json,
+)
+
+_SELECTION = "selection.json"
+
+
+class EvaluateParams(Section):
+    """Section ``evaluate`` of params.yaml: how intervals are made and where a class begins."""
+
+    num_resamples: Annotated[int, Field(ge=100, le=1_000_000)] = 1000
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    unit: UnitChoice = "auto"  # what is resampled: the group, else the day, else the row
+    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5  # binary: probability of a predicted class
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+
+@dataclass(frozen=True)
+class EvaluatedRow:
+    """One line of the table shown at the end of a run; None where there is no value or interval."""
+
+    target: str
+    model: str
+    metric: str
+    value: float | None
+    low: float | None
+    high: float | None
+    is_tied: bool
+    is_chosen: bool
+    is_primary: bool
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What the test rows said, and where the report is."""
+
+    rows: tuple[EvaluatedRow, ...]
+    unit: str
+    num_units: int
+    num_rows: int
+    report: Path
+
+    def __str__(self) -> str:
+        """The primary metric of every model, one line each."""
+        lines = [
+            f"{row.target}  {row.model}  {row.metric} {_number(row.value)} "
+            f"[{_number(row.low)}, {_number(row.high)}]"
+            f"{'  chosen' if row.is_chosen else '  tied' if row.is_tied else ''}"
+            for row in self.rows
+            if row.is_primary
+        ]
+        return "\n".join([*lines, f"{self.num_rows} test rows, {self.num_units} {self.unit}s"])
+
+
+def evaluate(
+    table: Path,
+    members: Mapping[str, Path],
+    stack: Path,
+    out: Path,
+    params: EvaluateParams,
+    *,
+    resources: Resources,
+    recorder: Recorder,
+    profile: Path | None = None,
+) -> Evaluated:
+    """Judge ``members`` and their blend on the test rows of ``table``.
+
+    Writes metrics.json, comparison.json, report.html, figures and plot files. ``profile`` is the
+    data profile that ``extract`` wrote; the report shows it.
+
+    Raises:
+        DataError: no test rows, a target without a test label, rows without a prediction.
+        IntegrityError: damaged inputs, or a selection made from other models or targets.
+        ResourceError: test rows that do not fit the memory budget, with the figure needed.
+    """
+    source = open_table(table)
+    folders = {**members, STACK: stack}
+    for folder in folders.values():
+        verify_folder(folder)
+    selection = _read_selection(stack, source.contract, members)
+    described = read_json(verify_file(profile.parent, profile.name)) if profile else None
+    _require_memory(source, len(folders), resources)
+    truth = read_truth(source, "test", unit=params.unit, key="evaluate.unit")
+    recorder.dataset(
+        "test", path=table, digest=truth.digest, num_rows=len(truth.row_id), context="test"
+    )
+    units = Units(truth.unit, truth.unit_of_row, len(np.unique(truth.unit_of_row)))
+    if units.count < FEW_UNITS:
+        recorder.warn(
+            f"the test rows have only {units.count} {units.name}s; intervals from fewer than "
+            f"{FEW_UNITS} units are narrower than they should be"
+        )
+    resampling = Resampling(params.num_resamples, params.confidence, params.seed, resources.threads)
+    judged: list[_Judgement] = []
+    with new_folder(out) as folder:
+        for stem, target in _stems(source.contract.targets):
+            recorder.progress(len(judged), len(source.contract.targets), unit="targets")
+            one = _judge_target(
+                target, folders, truth, units, resampling, params, selection[target.name]
+            )
+            judged.append(replace(one, figures=_named(stem, one.figures)))
+            _write_plot_files(folder / "plots", stem, one.points)
+        _write(folder, judged, selection, source, truth, units, params, described)
+    _record(judged, out, recorder)
+    return Evaluated(
+        rows=tuple(row for one in judged for row in _rows(one.comparison)),
+        unit=units.name,
+        num_units=units.count,
+        num_rows=len(truth.row_id),
+        report=out / "report.html",
+    )
+
+
+@dataclass(frozen=True)
+class _Judgement:
+    """All that is known of one target; ``points`` are the lines of its plot files."""
+
+    comparison: Comparison
+    figures: tuple[Figure, ...]
+    points: Points
+
+
+def _judge_target(
+    target: Target,
+    folders: Mapping[str, Path],
+    truth: Truth,
+    units: Units,
+    resampling: Resampling,
+    params: EvaluateParams,
+    selection: Mapping[str, Any],
+) -> _Judgement:
+    labels = truth.labels[target.name]
+    is_labelled = ~np.isnan(labels)
+    if not is_labelled.any():
+        raise DataError(
+            f"target {target.name!r} has no label in any of the {len(labels)} test rows; "
+            f"change `extract.split` in params.yaml, or leave the target out"
+        )
+    labelled_units = units.of(is_labelled)
+    weight = None if truth.weight is None else truth.weight[is_labelled]
+    samples: dict[str, Sample] = {}
+    scored: dict[str, Scored] = {}
+    for model, folder in folders.items():
+        predictions = read_predictions(folder, target).of_split("test")
+        values = predictions.values[line_up(predictions, truth, is_labelled)]
+        samples[model] = Sample(target.task, labels[is_labelled], values, weight)
+        scored[model] = bootstrap(
+            samples[model], labelled_units, resampling, threshold=params.threshold
+        )
+    comparison = Comparison(
+        target=target.name,
+        task=target.task,
+        primary=selection["metric"],
+        chosen=selection["chosen"],
+        unit=units.name,
+        num_units=labelled_units.count,
+        num_rows=int(is_labelled.sum()),
+        num_unlabelled=int((~is_labelled).sum()),
+        judged=judge(scored, selection["chosen"], target.task, labelled_units, resampling),
+    )
+    figures, points = draw(
+        target, comparison, samples, scored, labelled_units, confidence=params.confidence
+    )
+    return _Judgement(comparison, tuple(figures), points)
+
+
+def _write(
+    folder: Path,
+    judged: Sequence[_Judgement],
+    selection: Mapping[str, Mapping[str, Any]],
+    source: Table,
+    truth: Truth,
+    units: Units,
+    params: EvaluateParams,
+    described: Any,
+) -> None:
+    comparisons = [one.comparison for one in judged]
+    settings = params.model_dump(mode="json")
+    digests = {
+        "digest of the test rows' ids": truth.digest,
+        "digest of the table": source.digest,
+        "digest of the data contract": source.contract.digest,
+    }
+    write_json(folder / "metrics.json", metrics_json(comparisons))
+    write_json(
+        folder / "comparison.json",
+        {
+            "format": 1,
+            "split_digest": truth.digest,
+            "unit": units.name,
+            "num_units": units.count,
+            "num_rows": len(truth.row_id),
+            **{name: settings[name] for name in ("num_resamples", "confidence", "threshold")},
+            "targets": {one.target: comparison_json(one) for one in comparisons},
+        },
+    )
+    for figure in (figure for one in judged for figure in one.figures):
+        write_file(folder / "figures" / f"{figure.name}.svg", figure.file_text())
+    sections = [
+        TargetSection(one.comparison, selection[one.comparison.target], one.figures)
+        for one in judged
+    ]
+    page = render_report(ReportInputs(sections, settings, digests, described))
+    write_file(folder / "report.html", page)
+
+
+def _write_plot_files(folder: Path, stem: str, points: Points) -> None:
+    """Write one file of x and y per kind and model, as ``dvc plots`` reads a folder of them."""
+    for kind, lines in points.items():
+        for name, line in lines.items():
+            text = io.StringIO()
+            writer = csv.writer(text, lineterminator="\n")
+            writer.writerow(["x", "y"])
+            writer.writerows([rounded(x), rounded(y)] for x, y in line.tolist())
+            write_file(folder / f"{stem}.{kind}.{_stem(name)}.csv", text.getvalue())
+
+
+def _record(judged: Sequence[_Judgement], out: Path, recorder: Recorder) -> None:
+    for one in judged:
+        comparison = one.comparison
+        for found in comparison.judged:
+            key = f"{found.model}/{comparison.target}/{found.metric.name}"
+            values = {
+                key: found.estimate.value,
+                f"{key}_ci_low": found.estimate.low,
+                f"{key}_ci_high": found.estimate.high,
+            }
+            recorder.metrics({name: value for name, value in values.items() if value is not None})
+        recorder.note(_note(comparison))
+        for figure in one.figures:
+            recorder.file(out / "figures" / f"{figure.name}.svg", folder="figures")
+    recorder.file(out / "report.html")
+
+
+def _note(comparison: Comparison) -> str:
+    """The target's primary metric as a Markdown table."""
+    title = next(
+        found.metric.title for found in comparison.judged if found.metric.name == comparison.primary
+    )
+    lines = [
+        f"**{comparison.target}** on {comparison.num_rows:,} test rows, "
+        f"{comparison.num_units:,} {comparison.unit}s",
+        "",
+        f"| model | {title} | |",
+        "|---|---|---|",
+    ]
+    for model in comparison.models:
+        found = comparison.of(model, comparison.primary)
+        lines.append(f"| {model} | {' '.join(interval_text(found.estimate))} | {found.verdict} |")
+    return "\n".join(lines)
+
+
+def _rows(comparison: Comparison) -> Iterator[EvaluatedRow]:
+    for found in comparison.judged:
+        yield EvaluatedRow(
+            target=comparison.target,
+            model=found.model,
+            metric=found.metric.name,
+            value=found.estimate.value,
+            low=found.estimate.low,
+            high=found.estimate.high,
+            is_tied=found.is_tied,
+            is_chosen=found.model == comparison.chosen,
+            is_primary=found.metric.name == comparison.primary,
+        )
+
+
+def _read_selection(
+    stack: Path, contract: Contract, members: Mapping[str, Path]
+) -> dict[str, Mapping[str, Any]]:
+    path = stack / _SELECTION
+    content = read_json(path)
+    if not isinstance(content, dict) or content.get("format") != 1:
+        raise IntegrityError(f"{path} is not a selection of format 1; run `headrace repro`")
+    targets: dict[str, Mapping[str, Any]] = content["targets"]
+    wanted = [target.name for target in contract.targets]
+    if sorted(targets) != sorted(wanted):
+        raise IntegrityError(
+            f"{path} is for the targets {sorted(targets)}, the table has {sorted(wanted)}; "
+            f"run `headrace repro`"
+        )
+    for name, entry in targets.items():
+        if sorted(entry["weights"]) != sorted(members):
+            raise IntegrityError(
+                f"{path}, target {name!r}, was made from the models {sorted(entry['weights'])}, "
+                f"params.yaml has {sorted(members)}; run `headrace repro`"
+            )
+    return targets
+
+
+def _require_memory(source: Table, num_models: int, resources: Resources) -> None:
+    num_rows = source.num_rows("test")
+    outputs = max(target.num_outputs for target in source.contract.targets)
+    needed = bytes_needed(num_rows, outputs) + 8 * num_rows * (outputs * num_models + 4)
+    if needed > resources.memory_budget:
+        raise ResourceError(
+            f"stage evaluate needs about {format_bytes(needed)} for {num_rows} test rows and "
+            f"{num_models} models, and may use {format_bytes(resources.memory_budget)}; raise "
+            f"`resources.memory_budget` or give test a smaller share in `extract.split`"
+        )
+
+
+def _stems(targets: Sequence[Target]) -> list[tuple[str, Target]]:
+    """File names for targets: their own where that is a plain name, and never the same twice."""
+    stems = [_stem(target.name) for target in targets]
+    return [
+        (stem if stems.count(stem) == 1 else f"{stem}-{number}", target)
+        for number, (stem, target) in enumerate(zip(stems, targets, strict=True))
+    ]
+
+
+def _stem(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]", "_", name)
+
+
+def _named(stem: str, figures: Sequence[Figure]) -> tuple[Figure, ...]:
+    return tuple(replace(figure, name=f"{stem}_{figure.name}") for figure in figures)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"

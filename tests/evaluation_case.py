@@ -1,0 +1,122 @@
+"""A small table and models' predictions as the stages before ``stack`` leave them, for tests."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from headrace.data.predictions import Predictions, write_predictions
+from headrace.schema import Column, Contract, Target
+from headrace.storage import new_folder, write_file
+
+DELAY = Target(name="delay", task="regression")
+LATE = Target(name="late", task="binary", labels=("no", "yes"))
+CARRIER = Target(name="carrier", task="multiclass", labels=("AA", "BB", "CC"))
+
+
+@dataclass
+class Case:
+    """Rows of valid and test over a number of days, and how well each model knows the truth."""
+
+    targets: tuple[Target, ...] = (DELAY, LATE)
+    num_rows: int = 600
+    num_days: int = 30
+    seed: int = 0
+    noise: dict[str, float] = field(default_factory=lambda: {"plain": 3.0, "sharp": 1.0})
+    has_weight: bool = False
+    labels: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)  # split → target
+
+    def __post_init__(self):
+        rng = np.random.default_rng(self.seed)
+        self.row_id, self.day, self.latent = {}, {}, {}
+        for number, split in enumerate(("valid", "test")):
+            low = -(2**62) + number * 10**6
+            self.row_id[split] = np.sort(rng.choice(10**6, self.num_rows, replace=False)) + low
+            self.day[split] = rng.integers(0, self.num_days, self.num_rows)
+            of_day = rng.normal(0, 2, self.num_days)
+            self.latent[split] = of_day[self.day[split]] + rng.normal(0, 1, self.num_rows)
+            self.labels[split] = {
+                target.name: self._label(target, split) for target in self.targets
+            }
+        self.weight = rng.uniform(0.5, 2, self.num_rows)
+        self._noise = {
+            model: {split: rng.normal(0, scale, self.num_rows) for split in ("valid", "test")}
+            for model, scale in self.noise.items()
+        }
+
+    def _label(self, target, split):
+        latent = self.latent[split]
+        if target.task == "regression":
+            return latent * 10
+        if target.task == "binary":
+            return (latent > 0).astype(float)
+        return np.digitize(latent, [-1, 1]).astype(float)
+
+    def contract(self):
+        columns = [Column(name="when", role="time", dtype="timestamp[us]")]
+        for target in self.targets:
+            is_number = target.task == "regression"
+            dtype = "double" if is_number else "string"
+            columns.append(Column(name=target.name, role="target", dtype=dtype))
+        if self.has_weight:
+            columns.append(Column(name="w", role="weight", dtype="double"))
+        return Contract(columns=tuple(columns), targets=self.targets)
+
+    def write_table(self, folder: Path) -> Path:
+        with new_folder(folder) as private:
+            write_file(private / "contract.json", self.contract().to_json())
+            for split in ("valid", "test"):
+                seconds = (19000 + self.day[split]) * 86_400
+                columns = {
+                    "row_id": pa.array(self.row_id[split]),
+                    "fold": pa.nulls(self.num_rows, pa.int8()),
+                    "when": pa.array(seconds * 1_000_000).cast(pa.timestamp("us")),
+                }
+                for target in self.targets:
+                    columns[target.name] = self._column(target, self.labels[split][target.name])
+                if self.has_weight:
+                    columns["w"] = pa.array(self.weight)
+                (private / split).mkdir()
+                pq.write_table(pa.table(columns), private / split / "part-00000.parquet")
+        return folder
+
+    def _column(self, target, values):
+        is_missing = np.isnan(values)
+        if target.task == "regression":
+            return pa.array(values, mask=is_missing)
+        texts = [None if np.isnan(v) else target.labels[int(v)] for v in values]
+        return pa.array(texts, pa.string())
+
+    def prediction(self, target: Target, model: str, split: str) -> np.ndarray:
+        seen = self.latent[split] + self._noise[model][split]
+        if target.task == "regression":
+            return seen * 10
+        if target.task == "binary":
+            return 1 / (1 + np.exp(-seen))
+        logits = -np.abs(seen[:, None] - np.array([-2.0, 0.0, 2.0]))
+        return np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+
+    def predictions(self, target: Target, model: str) -> Predictions:
+        splits = ("valid", "test")
+        row_id = np.concatenate([self.row_id[split] for split in splits])
+        return Predictions(
+            model=model,
+            target=target.name,
+            row_id=row_id,
+            fold=np.full(len(row_id), -1, np.int8),
+            split=np.repeat(np.array(splits), self.num_rows),
+            values=np.concatenate([self.prediction(target, model, split) for split in splits]),
+            folds_seen=tuple(() for _ in row_id),
+        )
+
+    def write_model(self, folder: Path, model: str, change=lambda predictions: predictions) -> Path:
+        with new_folder(folder) as private:
+            for target in self.targets:
+                write_predictions(private, change(self.predictions(target, model)), target)
+        return folder
+
+    def write(self, root: Path) -> tuple[Path, dict[str, Path]]:
+        members = {m: self.write_model(root / "train" / m, m) for m in self.noise}
+        return self.write_table(root / "reduce"), members

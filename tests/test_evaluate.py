@@ -1,0 +1,469 @@
+"""Stage ``evaluate``: its files, one look at the test rows, byte-equal runs, a page of its own."""
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from headrace.errors import DataError, IntegrityError, ResourceError, SchemaError
+from headrace.params import Resources
+from headrace.record import MemoryRecorder
+from headrace.schema import Target
+from headrace.stages.evaluate import EvaluateParams, evaluate
+from headrace.stages.stack import StackParams, stack
+from headrace.storage import new_folder, read_json, verify_folder, write_file, write_json
+from tests.evaluation_case import CARRIER, DELAY, LATE, Case
+
+ALL = (DELAY, LATE, CARRIER)
+PARAMS = EvaluateParams(num_resamples=200)
+
+
+def run(case, root, params=PARAMS, *, profile=None, threads=2, **resources):
+    table, members = case.write(root)
+    stack(
+        table,
+        members,
+        root / "stack",
+        StackParams(num_resamples=200),
+        resources=Resources(),
+        recorder=MemoryRecorder(),
+    )
+    recorder = MemoryRecorder()
+    evaluated = evaluate(
+        table,
+        members,
+        root / "stack",
+        root / "evaluate",
+        params,
+        resources=Resources(threads=threads, **resources),
+        recorder=recorder,
+        profile=profile,
+    )
+    return evaluated, root / "evaluate", recorder
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """One run over all three tasks, with weights and missing labels."""
+    root = tmp_path_factory.mktemp("project")
+    case = Case(targets=ALL, has_weight=True)
+    case.labels["test"]["late"][:50] = np.nan
+    profile = {
+        "delay": {"mean": 1.5, "nulls": 0, "histogram": {"counts": [1, 5, 2], "edges": [0, 1, 2]}},
+        "late": {"distinct": 2, "correlation": {"delay": 0.5}, "top": ["no", "<yes>"]},
+    }
+    with new_folder(root / "extract") as folder:
+        write_json(folder / "profile.json", profile)
+    evaluated, out, recorder = run(case, root, profile=root / "extract" / "profile.json")
+    return case, evaluated, out, recorder
+
+
+def test_the_files_are_there_and_whole(done):
+    """The manifest covers them, and the metrics are as DVC reads them."""
+    _, _, out, _ = done
+    names = set(verify_folder(out))
+    assert {"metrics.json", "comparison.json", "report.html"} <= names
+    assert {
+        "figures/late_forest.svg",
+        "figures/late_curves.svg",
+        "figures/delay_residuals.svg",
+    } <= (names)
+    assert {"figures/carrier_confusion.svg", "plots/late.roc.sharp.csv"} <= names
+    metrics = read_json(out / "metrics.json")
+    assert set(metrics) == {"delay", "late", "carrier"}
+    assert set(metrics["late"]) == {"plain", "sharp", "stack"}
+    found = metrics["late"]["sharp"]["roc_auc"]
+    assert found["ci_low"] < found["value"] < found["ci_high"]
+
+
+def test_values_are_of_labelled_test_rows_with_their_weights(done):
+    """Checked against scikit-learn on the same rows."""
+    case, _, out, _ = done
+    labels = case.labels["test"]["late"]
+    is_labelled = ~np.isnan(labels)
+    expected = roc_auc_score(
+        labels[is_labelled],
+        case.prediction(LATE, "sharp", "test")[is_labelled],
+        sample_weight=case.weight[is_labelled],
+    )
+    found = read_json(out / "metrics.json")["late"]["sharp"]["roc_auc"]["value"]
+    assert found == pytest.approx(expected, abs=1e-9)
+    late = read_json(out / "comparison.json")["targets"]["late"]
+    assert late["num_rows"] == 550
+    assert late["num_unlabelled"] == 50
+
+
+def test_the_comparison_states_unit_choice_and_ties(done):
+    """All that a table at the end of a run needs."""
+    _, evaluated, out, _ = done
+    content = read_json(out / "comparison.json")
+    assert content["unit"] == evaluated.unit == "day"
+    assert content["num_units"] == evaluated.num_units == 30
+    assert content["threshold"] == 0.5
+    late = content["targets"]["late"]
+    assert late["primary"] == "roc_auc"
+    chosen = late["models"][late["chosen"]]["roc_auc"]
+    assert chosen["verdict"] == "chosen"
+    assert chosen["tied"] is True
+    assert chosen["difference"] == {"value": 0, "ci_low": 0, "ci_high": 0}
+    plain = late["models"]["plain"]["roc_auc"]
+    assert plain["verdict"] == "worse"
+    assert plain["tied"] is False
+    assert plain["difference"]["ci_high"] < 0
+    rmse = content["targets"]["delay"]["models"]["plain"]["rmse"]
+    assert rmse["verdict"] == "worse"
+    assert rmse["difference"]["ci_low"] > 0
+
+
+def test_the_rows_for_the_terminal_say_the_same(done):
+    """The result's rows and the files agree; the text names unit and count."""
+    _, evaluated, out, _ = done
+    metrics = read_json(out / "metrics.json")
+    for row in evaluated.rows:
+        assert row.value == pytest.approx(metrics[row.target][row.model][row.metric]["value"])
+    assert [row.is_chosen for row in evaluated.rows if row.is_primary].count(True) == 3
+    assert str(evaluated).endswith("600 test rows, 30 days")
+
+
+def test_one_run_is_one_look_at_the_test_rows(done):
+    """Told once, by the digest of the sorted ids, which the label or model does not move."""
+    _, _, out, recorder = done
+    (look,) = recorder.datasets
+    assert look["context"] == "test"
+    assert look["rows"] == 600
+    assert look["digest"] == read_json(out / "comparison.json")["split_digest"]
+
+
+def test_metrics_notes_and_figures_are_recorded(done):
+    """With bounds, by model and target; the note holds the interval."""
+    _, _, out, recorder = done
+    names = {name for name, _, _ in recorder.recorded_metrics}
+    assert {
+        "sharp/late/roc_auc",
+        "sharp/late/roc_auc_ci_low",
+        "sharp/late/roc_auc_ci_high",
+    } <= names
+    assert all(np.isfinite(value) for _, value, _ in recorder.recorded_metrics)
+    assert any("| sharp | 0." in note and "30 days" in note for note in recorder.notes)
+    assert (out / "report.html", "") in recorder.files
+    assert all(path.is_file() for path, _ in recorder.files)
+
+
+def test_a_second_run_on_another_number_of_threads_has_the_same_bytes(done, tmp_path):
+    """Every file, the page and the figures included."""
+    _, _, out, _ = done
+    case = Case(targets=ALL, has_weight=True)
+    case.labels["test"]["late"][:50] = np.nan
+    _, again, _ = run(case, tmp_path, threads=1, profile=out.parent / "extract" / "profile.json")
+    first, second = (
+        {p.relative_to(o).as_posix(): p.read_bytes() for p in o.rglob("*.*")} for o in (out, again)
+    )
+    assert first == second
+
+
+class Page(HTMLParser):
+    """Collects what a page would load, its ids, and whether its tags are closed in order."""
+
+    EMPTY = frozenset({"meta", "link", "br", "img", "hr", "input"})
+
+    def __init__(self, text):
+        super().__init__()
+        self.loads, self.ids, self.anchors, self.open, self.text = [], [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in self.EMPTY:
+            self.open.append(tag)
+        for name, value in attrs:
+            if name in ("src", "href", "xlink:href", "data", "srcset", "action"):
+                (self.anchors if value.startswith("#") else self.loads).append(value)
+            if name == "id":
+                self.ids.append(value)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in self.EMPTY:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, f"</{tag}> closes something else"
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_the_page_needs_nothing_but_itself(done):
+    """No reference leaves the file; ids are unique; every inner reference is there."""
+    _, _, out, _ = done
+    text = (out / "report.html").read_text()
+    page = Page(text)
+    assert page.open == []
+    assert page.loads == []
+    assert not re.search(r"url\((?!#)|@import|fetch\(|XMLHttp", text)
+    assert len(page.ids) == len(set(page.ids))
+    assert {anchor[1:] for anchor in page.anchors} <= set(page.ids)
+    assert {found[1] for found in re.finditer(r"url\(#([^)]+)\)", text)} <= set(page.ids)
+
+
+def test_the_page_says_what_a_reader_needs(done):
+    """Unit, count, choice, ties, text alternatives, the profile; names are escaped."""
+    _, _, out, _ = done
+    text = (out / "report.html").read_text()
+    said = " ".join(" ".join(Page(text).text).split())
+    assert "30 days" in said
+    assert "50 more have no label" in said
+    assert "was chosen" in said
+    assert "headrace repro" in said
+    assert text.count("<figcaption") == text.count("<figure ")
+    assert "&lt;yes&gt;" in text
+    assert "<yes>" not in text
+    assert 'class="bars"' in text
+
+
+def test_no_time_host_or_path_is_written(done):
+    """What differs between identical runs stays out."""
+    _, _, out, _ = done
+    for path in out.rglob("*.*"):
+        text = path.read_text()
+        assert str(out.parent) not in text, path
+        assert not re.search(r"\b20\d\d-\d\d-\d\d", text), path
+
+
+def test_figures_of_their_own_are_readable_on_white(done):
+    """No stand-in ink is left, in files or in the page."""
+    _, _, out, _ = done
+    for path in [*out.glob("figures/*.svg"), out / "report.html"]:
+        assert "#010203" not in path.read_text(), path
+    assert 'fill="#ffffff"' in (out / "figures" / "late_forest.svg").read_text()
+
+
+def test_plot_files_have_two_columns_and_a_head(done):
+    """As ``dvc plots`` reads a folder of them."""
+    _, _, out, _ = done
+    files = sorted((out / "plots").glob("*.csv"))
+    assert {path.name.split(".")[1] for path in files} == {
+        "calibration", "class_roc", "precision_recall", "residuals", "roc",
+    }  # fmt: skip
+    for path in files:
+        lines = path.read_text().splitlines()
+        assert lines[0] == "x,y"
+        assert 1 < len(lines) < 400
+        assert np.isfinite(np.array([line.split(",") for line in lines[1:]], float)).all()
+
+
+def test_one_class_in_test_is_null_with_a_reason_not_0(tmp_path):
+    """Other metrics keep their values, and the page says why there is none."""
+    case = Case(targets=(LATE,))
+    case.labels["test"]["late"][:] = 0
+    _, out, _ = run(case, tmp_path)
+    found = read_json(out / "comparison.json")["targets"]["late"]["models"]["sharp"]
+    auc = found["roc_auc"]
+    assert auc["value"] is auc["ci_low"] is auc["ci_high"] is None
+    assert auc["reason"] == "only one class is present"
+    assert auc["verdict"] in ("chosen", "unknown")
+    assert found["brier"]["value"] > 0
+    assert "only one class is present" in (out / "report.html").read_text()
+    json.loads((out / "metrics.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_a_constant_target_is_null_too(tmp_path):
+    """R² has no value; RMSE has."""
+    case = Case(targets=(DELAY,))
+    case.labels["test"]["delay"][:] = 4.0
+    _, out, _ = run(case, tmp_path)
+    found = read_json(out / "metrics.json")["delay"]["sharp"]
+    assert found["r2"]["value"] is None
+    assert found["rmse"]["value"] > 0
+
+
+def test_a_model_that_is_better_on_test_stays_unchosen(tmp_path):
+    """The selection says one thing, the test rows another: reported, not acted on."""
+    case = Case(targets=(DELAY,))
+    table, members = case.write(tmp_path)
+    stack(
+        table,
+        members,
+        tmp_path / "stack",
+        StackParams(num_resamples=200),
+        resources=Resources(),
+        recorder=MemoryRecorder(),
+    )
+
+    def spoiled(found):
+        return replace(found, values=found.values + 100 * (found.split == "test"))
+
+    case.write_model(members["sharp"], "sharp", spoiled)
+    case.write_model(tmp_path / "stack2", "sharp", spoiled)
+    with new_folder(tmp_path / "chosen") as folder:
+        content = read_json(tmp_path / "stack" / "selection.json")
+        content["targets"]["delay"]["chosen"] = "sharp"
+        write_json(folder / "selection.json", content)
+        (folder / "predictions").mkdir()
+        (folder / "predictions" / "delay.parquet").write_bytes(
+            (tmp_path / "stack" / "predictions" / "delay.parquet").read_bytes()
+        )
+    evaluate(
+        table,
+        members,
+        tmp_path / "chosen",
+        tmp_path / "evaluate",
+        PARAMS,
+        resources=Resources(),
+        recorder=MemoryRecorder(),
+    )
+    found = read_json(tmp_path / "evaluate" / "comparison.json")["targets"]["delay"]
+    assert found["chosen"] == "sharp"
+    assert found["models"]["plain"]["rmse"]["verdict"] == "better"
+
+
+def test_few_units_are_warned_of(tmp_path):
+    """Seven days: said in the run and on the page."""
+    _, out, recorder = run(Case(num_days=7, targets=(DELAY,)), tmp_path)
+    assert any("only 7 days" in text for text in recorder.warnings)
+    assert "Only 7 days" in (out / "report.html").read_text()
+
+
+def test_one_day_gives_values_without_intervals(tmp_path):
+    """And the reason beside them."""
+    _, out, _ = run(Case(num_days=1, targets=(LATE,)), tmp_path)
+    found = read_json(out / "comparison.json")["targets"]["late"]["models"]["sharp"]["roc_auc"]
+    assert found["value"] is not None
+    assert found["ci_low"] is None
+    assert found["reason"] == "1 day: an interval needs at least 2"
+    assert found["verdict"] in ("chosen", "unknown")
+
+
+def test_rows_without_a_prediction_are_refused(tmp_path):
+    """Labelled test rows that a model does not predict: count and first ids."""
+    case = Case(targets=(LATE,))
+    table, members = case.write(tmp_path)
+    stack(
+        table,
+        members,
+        tmp_path / "stack",
+        StackParams(num_resamples=200),
+        resources=Resources(),
+        recorder=MemoryRecorder(),
+    )
+
+    def shortened(found):
+        keep = np.arange(len(found.row_id)) < len(found.row_id) - 2
+        return replace(
+            found,
+            row_id=found.row_id[keep],
+            fold=found.fold[keep],
+            split=found.split[keep],
+            values=found.values[keep],
+            folds_seen=found.folds_seen[:-2],
+        )
+
+    case.write_model(members["plain"], "plain", shortened)
+    lost = case.row_id["test"][-2]
+    with pytest.raises(DataError, match=rf"'plain', .*: 2 labelled test rows .*\['{lost}'"):
+        evaluate(
+            table,
+            members,
+            tmp_path / "stack",
+            tmp_path / "evaluate",
+            PARAMS,
+            resources=Resources(),
+            recorder=MemoryRecorder(),
+        )
+
+
+def test_a_target_without_any_test_label_is_refused(tmp_path):
+    """Nothing could be said of it."""
+    case = Case(targets=(LATE,))
+    case.labels["test"]["late"][:] = np.nan
+    with pytest.raises(DataError, match="'late' has no label in any of the 600 test rows"):
+        run(case, tmp_path)
+
+
+def test_a_selection_of_other_models_is_refused(tmp_path):
+    """A member was added after stacking."""
+    case = Case(targets=(LATE,))
+    run(case, tmp_path)
+    members = {name: tmp_path / "train" / name for name in ("plain", "sharp")}
+    members["more"] = case.write_model(tmp_path / "train" / "more", "sharp")
+    with pytest.raises(IntegrityError, match=r"made from the models \['plain', 'sharp'\]"):
+        evaluate(
+            tmp_path / "reduce",
+            members,
+            tmp_path / "stack",
+            tmp_path / "evaluate",
+            PARAMS,
+            resources=Resources(),
+            recorder=MemoryRecorder(),
+        )
+
+
+def test_damaged_inputs_are_refused(tmp_path):
+    """A flipped byte in a model's predictions."""
+    case = Case(targets=(LATE,))
+    run(case, tmp_path)
+    path = tmp_path / "train" / "sharp" / "predictions" / "late.parquet"
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.write_bytes(bytes(data))
+    members = {name: tmp_path / "train" / name for name in ("plain", "sharp")}
+    with pytest.raises(IntegrityError, match="is damaged"):
+        evaluate(
+            tmp_path / "reduce",
+            members,
+            tmp_path / "stack",
+            tmp_path / "evaluate",
+            PARAMS,
+            resources=Resources(),
+            recorder=MemoryRecorder(),
+        )
+
+
+def test_a_class_that_training_never_saw_is_named(tmp_path):
+    """The contract has no label for it."""
+    case = Case(targets=(CARRIER,))
+    case._column = lambda _, values: [f"{'AA' if v < 2 else 'ZZ'}" for v in values]
+    with pytest.raises(SchemaError, match=r"classes \['ZZ'\], which the train rows do not have"):
+        run(case, tmp_path)
+
+
+def test_bad_weights_are_refused(tmp_path):
+    """Count and first ids; a negative weight has no meaning here."""
+    case = Case(targets=(LATE,), has_weight=True)
+    case.weight[3] = -1
+    with pytest.raises(
+        DataError, match=r"weight column 'w' is missing, negative .* in 1 valid row"
+    ):
+        run(case, tmp_path)
+
+
+def test_a_budget_too_small_is_refused_with_the_figure(tmp_path):
+    """Before rows are read."""
+    with pytest.raises(ResourceError, match=r"stage evaluate needs about .*memory_budget"):
+        run(Case(), tmp_path, memory_budget=4096)
+
+
+def test_names_with_odd_characters_are_safe(tmp_path):
+    """In file names, ids and markup; a dollar is no formula."""
+    odd = Target(name="late $x_{1}$ <b> & co", task="binary", labels=("no", "$x_{1}$ <b>"))
+    _, out, _ = run(Case(targets=(odd,)), tmp_path)
+    page = Page((out / "report.html").read_text())
+    assert page.open == []
+    assert len(page.ids) == len(set(page.ids))
+    assert "late $x_{1}$ <b> & co" in " ".join(page.text)
+    svg = (out / "figures" / "late__x__1____b____co_calibration.svg").read_text()
+    assert "mean predicted probability of $x_{1}$ <b>" in " ".join(Page(svg).text)
+
+
+def test_an_unfinished_run_leaves_nothing(tmp_path):
+    """What was there before stays."""
+    case = Case(targets=(LATE,))
+    run(case, tmp_path)
+    before = (tmp_path / "evaluate" / "manifest.json").read_bytes()
+    write_file(tmp_path / "bad" / "profile.json", "{}")
+    with pytest.raises(IntegrityError, match="no manifest"):
+        run(case, tmp_path, profile=tmp_path / "bad" / "profile.json")
+    assert (tmp_path / "evaluate" / "manifest.json").read_bytes() == before
