@@ -1,0 +1,192 @@
+"""The published model: one folder that takes raw rows and gives predictions for every target.
+
+It holds the data contract, the encoder, the members that at least one target uses, and their
+weights, all in native formats (JSON, safetensors, .cbm); nothing in it is a pickle. Its bytes are a
+function of the stages before it, so its digest names the model.
+
+Predicting checks the rows against the contract, narrows their types, encodes them once, asks each
+member once and mixes what they say with the weights chosen on valid rows. Rows keep their order
+and number. A category that train rows did not have is "unknown" to the models, a null is missing.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field, ValidationError
+
+from headrace.data.incoming import InputColumn, conform, from_pandas
+from headrace.errors import IntegrityError
+from headrace.evaluation.selection import mix
+from headrace.models.protocol import FittedModel, Values, load_model
+from headrace.params import Section
+from headrace.schema import Contract, Target, read_contract
+from headrace.storage import folder_digest, read_json, verify_folder
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from headrace.data.encoder import Encoder
+
+PACKAGE = "package.json"
+ENCODER_FOLDER = "encoder"
+MODELS_FOLDER = "models"
+EXAMPLE = "input_example.json"
+REQUIREMENTS = "requirements.txt"
+
+
+class Mixture(Section):
+    """How one target is predicted: the model chosen for it, and its members with their weights."""
+
+    chosen: str
+    weights: dict[str, Annotated[float, Field(gt=0)]]
+
+
+class Description(Section):
+    """The content of package.json."""
+
+    format: Literal[1] = 1
+    name: str
+    contract: str  # digest of contract.json
+    inputs: Annotated[tuple[InputColumn, ...], Field(strict=False)]
+    targets: dict[str, Mixture]
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Names of all members that some target uses, sorted."""
+        return tuple(sorted({name for one in self.targets.values() for name in one.weights}))
+
+
+@dataclass(frozen=True)
+class Package:
+    """A loaded package; see ``load_package``."""
+
+    folder: Path
+    digest: str
+    description: Description
+    contract: Contract
+    encoder: "Encoder"
+    models: Mapping[str, FittedModel]
+
+    @property
+    def inputs(self) -> tuple[InputColumn, ...]:
+        """The columns that rows must have."""
+        return self.description.inputs
+
+    @property
+    def output_schema(self) -> pa.Schema:
+        """Columns of the predictions: see ``predict``."""
+        return output_schema(self.contract.targets)
+
+    def predict(self, rows: "pa.Table | pa.RecordBatch | pd.DataFrame") -> pa.Table:
+        """Predict every target for ``rows``, in their order.
+
+        A regression has one column named like the target. A classification has the label under
+        the target's name and probabilities as ``TARGET_probability_LABEL``: of the second label
+        in a binary task, of every label otherwise. The label is the most probable one.
+
+        Raises:
+            SchemaError: if a column is missing or has another type; all of them are named.
+        """
+        if isinstance(rows, pa.RecordBatch):
+            rows = pa.Table.from_batches([rows])
+        elif not isinstance(rows, pa.Table):
+            rows = from_pandas(rows, self.inputs)
+        inputs = conform(rows, self.inputs)
+        if inputs.num_rows == 0:
+            return self.output_schema.empty_table()
+        told = self._ask_members(inputs)
+        columns: list[pa.Array] = []
+        for target in self.contract.targets:
+            weights = self.description.targets[target.name].weights
+            values = mix({name: told[name][target.name] for name in weights}, weights)
+            columns += _columns(values, target)
+        return pa.Table.from_arrays(columns, schema=self.output_schema)
+
+    def _ask_members(self, inputs: pa.Table) -> dict[str, Values]:
+        needs_encoding = any(model.inputs == "encoded" for model in self.models.values())
+        encoded = self.encoder.transform(inputs) if needs_encoding else None
+        return {
+            name: model.predict(
+                encoded if model.inputs == "encoded" and encoded is not None else inputs
+            )
+            for name, model in self.models.items()
+        }
+
+
+def load_package(folder: Path) -> Package:
+    """Check every byte of a package and load it.
+
+    Raises:
+        IntegrityError: if the folder is missing, unfinished, damaged or of another format.
+    """
+    if not folder.is_dir():
+        raise IntegrityError(
+            f"{folder} does not exist; run `headrace repro` to publish a model, "
+            f"or name its folder with --model"
+        )
+    verify_folder(folder)
+    return assemble(folder, digest=folder_digest(folder))
+
+
+def assemble(folder: Path, *, digest: str) -> Package:
+    """Load a package whose bytes are known to be right.
+
+    Raises:
+        IntegrityError: if a file is missing, of another format, or of another contract.
+    """
+    from headrace.data.encoder import Encoder
+
+    path = folder / PACKAGE
+    content = read_json(path)
+    if isinstance(content, dict) and content.get("format") != 1:
+        raise IntegrityError(
+            f"{path} has package format {content.get('format')}; this headrace reads format 1: "
+            f"run `headrace upgrade`, then `headrace repro`"
+        )
+    try:
+        description = Description.model_validate(content)
+    except ValidationError as error:
+        raise IntegrityError(f"{path} does not describe a model package ({error})") from error
+    contract = read_contract(folder)
+    if contract.digest != description.contract:
+        raise IntegrityError(f"{path} was written for another contract; run `headrace repro`")
+    models = {name: load_model(folder / MODELS_FOLDER / name) for name in description.members}
+    encoder = Encoder.load(folder / ENCODER_FOLDER)
+    return Package(folder, digest, description, contract, encoder, models)
+
+
+def output_schema(targets: Sequence[Target]) -> pa.Schema:
+    """Return the columns that predictions of ``targets`` have."""
+    fields = []
+    for target in targets:
+        if target.task == "regression":
+            fields.append(pa.field(target.name, pa.float64()))
+            continue
+        fields.append(pa.field(target.name, pa.string()))
+        shown = target.labels[1:] if target.task == "binary" else target.labels
+        fields += [pa.field(f"{target.name}_probability_{label}", pa.float64()) for label in shown]
+    return pa.schema(fields)
+
+
+def read_example(folder: Path, inputs: Sequence[InputColumn]) -> pa.Table:
+    """Return the rows of a package's input example, as raw rows."""
+    content = read_json(folder / EXAMPLE)
+    columns = {
+        column.name: pa.array([row[j] for row in content["data"]]).cast(column.type)
+        for j, column in enumerate(inputs)
+    }
+    return pa.table(columns)
+
+
+def _columns(values: Any, target: Target) -> list[pa.Array]:
+    if target.task == "regression":
+        return [pa.array(values)]
+    labels = pa.array(target.labels, pa.string())
+    if target.task == "binary":
+        return [labels.take(pa.array((values >= 0.5).astype(np.int64))), pa.array(values)]
+    best = labels.take(pa.array(np.argmax(values, axis=1)))
+    return [best, *(pa.array(np.ascontiguousarray(values[:, k])) for k in range(len(labels)))]
