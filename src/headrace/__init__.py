@@ -4,7 +4,16 @@ import os
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__"]
+__all__ = [
+    "__version__",
+    "batches",
+    "frame",
+    "model",
+    "predictions",
+    "reduce_frame",
+    "stream",
+    "table",
+]
 
 # Telemetry of every tool is off unless the user says otherwise; set before any of them is imported.
 for _name, _value in {
@@ -16,7 +25,13 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 
 _PUBLIC: dict[str, str] = {
+    "batches": "headrace.access",
+    "frame": "headrace.access",
+    "model": "headrace.access",
+    "predictions": "headrace.access",
+    "reduce_frame": "headrace.data.frames",
     "stream": "headrace.data.stream",
+    "table": "headrace.access",
 }
 
 

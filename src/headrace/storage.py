@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from headrace.errors import IntegrityError
 
@@ -77,19 +77,29 @@ def new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(private, ignore_errors=True)
 
 
-def write_file(path: Path, data: bytes | str) -> None:
-    """Write ``data`` to ``path`` so that readers see the old content or the new, never a part."""
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """Yield a private file beside ``path``, open for writing; on success it becomes ``path``.
+
+    Readers see the old content or the new, never a part; if the body raises, nothing changes.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     private = _private_name(path)
     try:
         with private.open("wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         private.replace(path)
         _sync_directory(path.parent)
     finally:
         private.unlink(missing_ok=True)
+
+
+def write_file(path: Path, data: bytes | str) -> None:
+    """Write ``data`` to ``path``; see ``new_file``."""
+    with new_file(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -11,7 +11,7 @@ one get types that differ; the stage ``reduce`` looks at all rows first for that
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -20,9 +20,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from headrace.data.dtypes import ColumnPlan, cast_column, narrowest
 from headrace.data.ranges import BLOCK_ROWS, ColumnRange, ColumnScan, NarrowFloat
+from headrace.data.table import Table
+from headrace.schema import FOLD, ROW_ID, SPLITS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -69,6 +72,30 @@ def reduce_frame(
     return result
 
 
+def read_frame(table: Table, split: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
+    """Return rows of a split as a frame, in row order; columns are read one by one.
+
+    Dtypes are those of the table: a column that has a null in any split is nullable in all.
+
+    Args:
+        table: A verified table.
+        split: One of train, valid, test, gap; one without rows gives an empty frame.
+        columns: Names, in the order they shall have; None for all, row_id and fold included.
+
+    Raises:
+        SchemaError: if a name is not a split or not a column of the table, with the nearest name.
+    """
+    import pandas as pd
+
+    names = list(columns) if columns is not None else [ROW_ID, FOLD, *_names(table)]
+    nullable = _nullable_columns(table)
+    series = []
+    for name in names:
+        column = table.read(split, [name]).column(0)
+        series.append(to_series(column, name=name, is_nullable=name in nullable))
+    return pd.concat(series, axis=1) if series else pd.DataFrame()
+
+
 def to_series(column: pa.ChunkedArray, *, name: str, is_nullable: bool) -> pd.Series:
     """Return an Arrow column as pandas holds it without loss.
 
@@ -88,8 +115,28 @@ def to_series(column: pa.ChunkedArray, *, name: str, is_nullable: bool) -> pd.Se
         mapper = {kind: pd.api.types.pandas_dtype(_NULLABLE[kind])}.get
     elif is_nullable and pa.types.is_boolean(kind):
         mapper = {kind: pd.BooleanDtype()}.get
-    series = column.to_pandas(types_mapper=mapper, date_as_object=False)
-    return series.rename(name)
+    series = column.to_pandas(types_mapper=mapper, date_as_object=False).rename(name)
+    if isinstance(series.dtype, np.dtype) and not series.to_numpy().flags.owndata:
+        return series.copy()  # else it is Arrow's memory, in which nothing may be assigned
+    return series
+
+
+def _names(table: Table) -> list[str]:
+    return [column.name for column in table.contract.columns]
+
+
+def _nullable_columns(table: Table) -> set[str]:
+    """Columns with a null in any split, by the statistics in the files' footers."""
+    found = set()
+    for path in [path for split in SPLITS for path in table.files(split)]:
+        footer = pq.read_metadata(path)
+        for i in range(footer.num_row_groups):
+            for j in range(footer.num_columns):
+                chunk = footer.row_group(i).column(j)
+                seen = chunk.statistics
+                if seen is None or not seen.has_null_count or seen.null_count:
+                    found.add(chunk.path_in_schema)
+    return found
 
 
 def _reduce_column(column: pd.Series, max_rel_error: float) -> pd.Series:
