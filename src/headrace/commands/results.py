@@ -62,10 +62,8 @@ def looks(project: Project) -> int | None:
     """How often ``evaluate`` has read this split's test rows, or None if nothing tells."""
     from headrace.tracking.history import count_looks
 
-    path = project.data("extract") / "extract.json"
+    path = project.data("evaluate") / "comparison.json"
     digest = read_json(path).get("split_digest") if path.is_file() else None
-    if isinstance(digest, dict):
-        digest = digest.get("test")
     return count_looks(project.journal, str(digest)) if digest else None
 
 
