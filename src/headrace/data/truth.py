@@ -155,7 +155,8 @@ def _unit_codes(rows: pa.Table, column: str | None, unit: str) -> npt.NDArray[np
     order = pc.sort_indices(encoded.dictionary).to_numpy()
     position = np.empty(len(order), dtype=np.int64)
     position[order] = np.arange(len(order))
-    return position[codes]
+    unit_of_row: npt.NDArray[np.int64] = position[codes]
+    return unit_of_row
 
 
 def _weights(rows: pa.Table, contract: Contract, split: str) -> Floats | None:

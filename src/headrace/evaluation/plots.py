@@ -18,12 +18,14 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
+from headrace.evaluation.bootstrap import Interval
 from headrace.evaluation.comparison import Comparison, Judged
 from headrace.evaluation.curves import Calibration, Curve, Grid, Histogram, density
 from headrace.evaluation.metrics import METRICS, Metric
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 
+_WIDE, _NARROW = 9.6, 4.8  # inches; a page is one wide or two narrow figures across
 _INK = "#010203"  # stands for the colour of text and lines; no other element uses it
 _COLOURS = ("#3f86c9", "#d9822b", "#3f9e63", "#b25aa0", "#937040", "#6a6fd8", "#c85250", "#188c9c")
 _STYLE: dict[Any, Any] = {
@@ -81,14 +83,14 @@ class Figure:
 def forest(comparison: Comparison, *, confidence: float) -> Figure:
     """Every model's interval, a panel per metric; the chosen model's value as a line."""
     panels = [
-        (metric.title, _arrow(metric), [comparison.of(m, metric.name) for m in comparison.models])
+        (metric, [comparison.of(model, metric.name) for model in comparison.models])
         for metric in METRICS[comparison.task]
     ]
-    with _panels(len(panels), columns=3, height=0.75 + 0.24 * len(comparison.models)) as (fig, axs):
-        for ax, (title, arrow, judged) in zip(axs, panels, strict=True):
-            _intervals(ax, judged, [one.estimate for one in judged])
-            ax.set_title(title, loc="left")
-            ax.set_xlabel(arrow)
+    rows = len(comparison.models)
+    with _panels(len(panels), columns=3, width=_WIDE, height=0.7 + 0.24 * rows) as (fig, axs):
+        for number, (ax, (metric, judged)) in enumerate(zip(axs, panels, strict=True)):
+            _intervals(ax, judged, [one.estimate for one in judged], is_first=number % 3 == 0)
+            ax.set_title(f"{metric.title} {_arrow(metric)}", loc="left")
         svg = _svg(fig)
     primary = _metric(comparison)
     values = "; ".join(
@@ -97,7 +99,8 @@ def forest(comparison: Comparison, *, confidence: float) -> Figure:
     return Figure(
         "forest",
         f"{comparison.target}: metrics with {confidence:.0%} intervals",
-        f"Intervals of every metric and model; diamond: chosen on valid. {primary.title}: {values}",
+        f"Diamond and dotted line: chosen on valid. Blue: tied with it; orange: worse; green: "
+        f"better. {primary.title}: {values}",
         svg,
         is_wide=True,
     )
@@ -110,12 +113,16 @@ def differences(comparison: Comparison, *, confidence: float) -> Figure:
         (metric, [comparison.of(model, metric.name) for model in others])
         for metric in METRICS[comparison.task]
     ]
-    with _panels(len(panels), columns=3, height=0.75 + 0.24 * len(others)) as (fig, axs):
-        for ax, (metric, judged) in zip(axs, panels, strict=True):
+    with _panels(len(panels), columns=3, width=_WIDE, height=0.9 + 0.24 * len(others)) as (
+        fig,
+        axs,
+    ):
+        for number, (ax, (metric, judged)) in enumerate(zip(axs, panels, strict=True)):
             ax.axvline(0, color=_INK, linewidth=1)
-            _intervals(ax, judged, [one.difference for one in judged], with_line=False)
-            ax.set_title(metric.title, loc="left")
-            ax.set_xlabel(f"model − {comparison.chosen}  ({_arrow(metric)})")
+            found = [one.difference for one in judged]
+            _intervals(ax, judged, found, is_first=number % 3 == 0, with_line=False)
+            ax.set_title(f"{metric.title} {_arrow(metric)}", loc="left")
+            ax.set_xlabel(f"model − {comparison.chosen}")
         svg = _svg(fig)
     primary = _metric(comparison)
     verdicts = "; ".join(f"{m} {comparison.of(m, primary.name).verdict}" for m in others)
@@ -131,7 +138,7 @@ def differences(comparison: Comparison, *, confidence: float) -> Figure:
 def densities(comparison: Comparison, resamples: Mapping[str, Floats]) -> Figure:
     """Distribution of the primary metric over the resamples, a line per model."""
     metric = _metric(comparison)
-    with _panels(1, columns=1, height=2.4) as (fig, (ax,)):
+    with _panels(1, columns=1, width=_NARROW, height=2.4) as (fig, (ax,)):
         for number, model in enumerate(comparison.models):
             curve, colour = density(resamples[model]), _colour(number)
             value = comparison.of(model, metric.name).estimate.value
@@ -140,7 +147,7 @@ def densities(comparison: Comparison, resamples: Mapping[str, Floats]) -> Figure
                 ax.fill_between(curve.x, curve.y, color=colour, alpha=0.12, linewidth=0)
             elif value is not None:
                 ax.axvline(value, color=colour, label=f"{model} (constant)")
-        ax.set_xlabel(f"{metric.title}  ({_arrow(metric)})")
+        ax.set_xlabel(f"{metric.title} {_arrow(metric)}")
         ax.set_ylabel("density")
         ax.set_ylim(bottom=0)
         _legend(ax)
@@ -162,7 +169,7 @@ def binary_curves(
     base_rate: float,
 ) -> Figure:
     """ROC and precision-recall curves side by side, a line per model."""
-    with _panels(2, columns=2, height=3.1) as (fig, (left, right)):
+    with _panels(2, columns=2, width=_WIDE, height=3.4) as (fig, (left, right)):
         left.plot([0, 1], [0, 1], color=_INK, linewidth=0.8, linestyle=":")
         right.axhline(base_rate, color=_INK, linewidth=0.8, linestyle=":")
         for number, model in enumerate(roc):
@@ -190,12 +197,13 @@ def binary_curves(
         f"One line per model ({', '.join(roc)}). Dotted: guessing, and the base rate "
         f"{base_rate:.3f} of positives.",
         svg,
+        is_wide=True,
     )
 
 
 def class_curves(target: str, model: str, roc: Mapping[str, Curve]) -> Figure:
     """ROC curve of each class against all others, of one model."""
-    with _panels(1, columns=1, height=3.2) as (fig, (ax,)):
+    with _panels(1, columns=1, width=_NARROW, height=3.2) as (fig, (ax,)):
         ax.plot([0, 1], [0, 1], color=_INK, linewidth=0.8, linestyle=":")
         for number, (label, curve) in enumerate(roc.items()):
             ax.plot(curve.x, curve.y, color=_colour(number), linewidth=1.4, label=label)
@@ -220,7 +228,7 @@ def confusions(target: str, model: str, labels: Sequence[str], share_CC: Floats)
     of_class = share_CC.sum(axis=1, keepdims=True)
     recall = np.divide(share_CC, of_class, out=np.zeros_like(share_CC), where=of_class > 0)
     size = len(labels)
-    with _panels(1, columns=1, height=1.2 + 0.34 * size) as (fig, (ax,)):
+    with _panels(1, columns=1, width=_NARROW, height=1.2 + 0.34 * size) as (fig, (ax,)):
         for i in range(size):
             for j in range(size):
                 square = mpl.patches.Rectangle(
@@ -247,7 +255,7 @@ def calibrations(
     target: str, curves: Mapping[str, Calibration], *, predicted: str, observed: str
 ) -> Figure:
     """Mean outcome against mean prediction in bins, with intervals; the diagonal is perfect."""
-    with _panels(1, columns=1, height=3.2) as (fig, (ax,)):
+    with _panels(1, columns=1, width=_NARROW, height=3.2) as (fig, (ax,)):
         values = np.concatenate([np.r_[c.predicted, c.observed] for c in curves.values()])
         ends = [float(values.min()), float(values.max())]
         ax.plot(ends, ends, color=_INK, linewidth=0.8, linestyle=":")
@@ -281,7 +289,7 @@ def calibrations(
 
 def residuals(target: str, histograms: Mapping[str, Histogram]) -> Figure:
     """Distribution of prediction − truth, a line per model; share of rows on a log scale."""
-    with _panels(1, columns=1, height=2.6) as (fig, (ax,)):
+    with _panels(1, columns=1, width=_NARROW, height=2.6) as (fig, (ax,)):
         ax.axvline(0, color=_INK, linewidth=0.8, linestyle=":")
         for number, (model, found) in enumerate(histograms.items()):
             ax.stairs(found.share, found.edges, color=_colour(number), linewidth=1.3, label=model)
@@ -303,7 +311,7 @@ def residuals(target: str, histograms: Mapping[str, Histogram]) -> Figure:
 
 def predicted_actual(target: str, model: str, cells: Grid) -> Figure:
     """Where the rows lie by prediction and truth, one model; darker cells hold more rows."""
-    with _panels(1, columns=1, height=3.4) as (fig, (ax,)):
+    with _panels(1, columns=1, width=_NARROW, height=3.4) as (fig, (ax,)):
         ends = [cells.x_edges[0], cells.x_edges[-1]]
         shares = np.where(cells.share > 0, cells.share, np.nan)
         least, most = float(np.nanmin(shares)), float(np.nanmax(shares))
@@ -320,7 +328,7 @@ def predicted_actual(target: str, model: str, cells: Grid) -> Figure:
                 )
             )
         ax.plot(ends, ends, color=_INK, linewidth=0.8, linestyle=":")
-        ax.set(xlim=ends, ylim=ends, xlabel="prediction", ylabel="truth")
+        ax.set(xlim=ends, ylim=ends, aspect="equal", xlabel="prediction", ylabel="truth")
         svg = _svg(fig)
     return Figure(
         "predicted",
@@ -332,11 +340,13 @@ def predicted_actual(target: str, model: str, cells: Grid) -> Figure:
 
 
 @contextmanager
-def _panels(count: int, *, columns: int, height: float) -> Iterator[tuple[Canvas, list[Axes]]]:
+def _panels(
+    count: int, *, columns: int, width: float, height: float
+) -> Iterator[tuple[Canvas, list[Axes]]]:
     columns = min(columns, count)
     rows = -(-count // columns)
     with mpl.rc_context(_STYLE):
-        figure = Canvas(figsize=(7.2, height * rows), layout="constrained")
+        figure = Canvas(figsize=(width, height * rows), layout="constrained")
         axes = list(np.atleast_1d(figure.subplots(rows, columns)).ravel())
         for ax in axes[count:]:
             ax.set_axis_off()
@@ -346,7 +356,12 @@ def _panels(count: int, *, columns: int, height: float) -> Iterator[tuple[Canvas
 
 
 def _intervals(
-    ax: Axes, judged: Sequence[Judged], intervals: Sequence[Any], *, with_line: bool = True
+    ax: Axes,
+    judged: Sequence[Judged],
+    intervals: Sequence[Interval],
+    *,
+    is_first: bool,
+    with_line: bool = True,
 ) -> None:
     for place, (one, found) in enumerate(zip(judged, intervals, strict=True)):
         if found.value is None:
@@ -358,10 +373,11 @@ def _intervals(
         if is_chosen and with_line:
             ax.axvline(found.value, color=_INK, linewidth=0.8, linestyle=":")
         colour = _VERDICT_COLOURS[one.verdict]
-        if found.low is not None:
+        if found.low is not None and found.high is not None:
             ax.plot([found.low, found.high], [place, place], color=colour, linewidth=2)
         ax.plot(found.value, place, marker="D" if is_chosen else "o", markersize=5, color=colour)
-    ax.set_yticks(range(len(judged)), [one.model for one in judged])
+    # Names once a row: panels beside each other have the same models.
+    ax.set_yticks(range(len(judged)), [one.model if is_first else "" for one in judged])
     ax.set_ylim(len(judged) - 0.4, -0.6)
     ax.grid(visible=False, axis="y")
     ax.tick_params(axis="y", length=0)
@@ -405,7 +421,7 @@ def _metric(comparison: Comparison) -> Metric:
 
 
 def _arrow(metric: Metric) -> str:
-    return "higher is better" if metric.higher_is_better else "lower is better"
+    return "↑" if metric.higher_is_better else "↓"
 
 
 def _said(one: Judged) -> str:

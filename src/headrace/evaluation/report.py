@@ -25,7 +25,11 @@ _MARKS = {
     "unknown": ("?", "the difference to the chosen model has no interval"),
 }
 # What a profile usually says first; other keys follow in their own order.
-_PROFILE_ORDER = ("role", "dtype", "rows", "nulls", "distinct", "mean", "median", "std")
+_PROFILE_ORDER = (
+    "role", "dtype", "rows", "nulls", "distinct", "histogram", "min", "mean", "median", "max",
+    "std",
+)  # fmt: skip
+_LISTED = 4  # of a column's commonest values
 
 
 @dataclass(frozen=True)
@@ -76,10 +80,13 @@ def interval_text(found: Interval) -> tuple[str, str]:
     if found.value is None:
         return "–", found.reason
     if found.low is None or found.high is None:
-        return f"{found.value:.4g}", found.reason
+        return f"{found.value:.4g}".replace("-", "−"), found.reason
     decimals = _decimals((found.high - found.low) / 2)
-    low, high = (f"{end:.{decimals}f}" for end in (found.low, found.high))
-    return f"{found.value:.{decimals}f}", f"[{low}, {high}]"
+    value, low, high = (
+        f"{number:.{decimals}f}".replace("-", "−")
+        for number in (found.value, found.low, found.high)
+    )
+    return value, f"[{low}, {high}]"
 
 
 def _target_view(section: TargetSection, inputs: ReportInputs) -> dict[str, Any]:
@@ -173,7 +180,8 @@ def _flat(said: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         elif isinstance(value, Mapping):
             flat |= _flat(value, f"{name} ")
         elif isinstance(value, list | tuple):
-            flat[name] = ", ".join(str(item) for item in value[:5])
+            more = ["…"] if len(value) > _LISTED else []
+            flat[name] = ", ".join([_item(item) for item in value[:_LISTED]] + more)
         else:
             flat[name] = _plain(value)
     return flat
@@ -202,11 +210,19 @@ def _bars(counts: Sequence[float]) -> Markup:
     )
 
 
+def _item(item: Any) -> str:
+    if isinstance(item, Mapping) and "value" in item and "count" in item:
+        return f"{item['value']} ({item['count']:,})"
+    return _plain(item)
+
+
 def _plain(value: Any) -> str:
     if value is None:
         return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
     if isinstance(value, float):
         return f"{value:.4g}"
     return str(value)

@@ -1,0 +1,113 @@
+"""Intervals of ROC-AUC, log-loss and RMSE from 1000 resamples: headrace beside what people write.
+
+The slow ways run a few resamples and are scaled. Before timing, the same resample is checked
+against scikit-learn: the AUC of its counts used as weights must agree to 1e-12.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import scipy.stats
+from sklearn.metrics import log_loss, roc_auc_score, root_mean_squared_error
+
+from benchmarks.harness import Figure, interleave, print_timings, run_benchmark
+from headrace.kernels.bootstrap import draw_counts, rank, resample
+
+NUM_RESAMPLES = 1000
+SLOW_RESAMPLES = 5
+
+
+class Case:
+    """One data set, and each way to get the three metrics' resamples."""
+
+    def __init__(self, num_rows: int) -> None:
+        rng = np.random.default_rng(0)
+        self.num_rows = num_rows
+        self.score = np.clip(rng.beta(2, 5, num_rows), 1e-6, 1 - 1e-6)
+        self.label = (rng.random(num_rows) < self.score).astype(float)
+        self.truth = rng.normal(0, 30, num_rows)
+        self.prediction = self.truth + rng.normal(0, 20, num_rows)
+        self.rows = np.arange(num_rows)
+
+    def log_losses(self) -> np.ndarray:
+        of_truth = np.where(self.label == 1, self.score, 1 - self.score)
+        return -np.log(of_truth)
+
+    def headrace(self, threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """All of it: losses, sorting, resamples."""
+        columns = np.stack([self.log_losses(), (self.prediction - self.truth) ** 2])
+        ranking = rank(self.score, self.label == 1, None, self.rows, with_precision=False)
+        sums, ranks = resample(
+            columns, [ranking], num_resamples=NUM_RESAMPLES, seed=1, threads=threads
+        )
+        return sums, ranks
+
+    def draws(self) -> None:
+        """The counts alone, drawn and dropped."""
+        resample(np.empty((0, self.num_rows)), [], num_resamples=NUM_RESAMPLES, seed=1, threads=1)
+
+    def scikit_learn(self) -> None:
+        rng = np.random.default_rng(1)
+        for _ in range(SLOW_RESAMPLES):
+            taken = rng.integers(0, self.num_rows, self.num_rows)
+            roc_auc_score(self.label[taken], self.score[taken])
+            log_loss(self.label[taken], self.score[taken])
+            root_mean_squared_error(self.truth[taken], self.prediction[taken])
+
+    def scipy_means(self) -> None:
+        """Log-loss and RMSE, vectorised as far as memory lets it."""
+        for losses in (self.log_losses(), (self.prediction - self.truth) ** 2):
+            scipy.stats.bootstrap(
+                (losses,), np.mean, n_resamples=SLOW_RESAMPLES * 4, method="percentile", batch=4,
+                rng=np.random.default_rng(1),
+            )  # fmt: skip
+
+    def scipy_auc(self) -> None:
+        scipy.stats.bootstrap(
+            (self.label, self.score), roc_auc_score, n_resamples=SLOW_RESAMPLES, batch=1,
+            vectorized=False, paired=True, method="percentile", rng=np.random.default_rng(1),
+        )  # fmt: skip
+
+    def check(self) -> float:
+        """Largest difference to scikit-learn over a few resamples, threads included."""
+        _, ranks = self.headrace()
+        _, threaded = self.headrace(threads=2)
+        assert ranks.tobytes() == threaded.tobytes()
+        counts = draw_counts(self.num_rows, num_resamples=3, seed=1)
+        expected = [roc_auc_score(self.label, self.score, sample_weight=c) for c in counts]
+        return float(np.abs(ranks[:3, 0, 0] - expected).max())
+
+
+def measure(quick: bool) -> Sequence[Figure]:
+    """Time every way at 100,000 and 10,000 rows."""
+    figures: list[Figure] = []
+    musts = {100_000: (150.0, 250.0), 10_000: (250.0, None)}
+    for num_rows, (must, goal) in musts.items():
+        case = Case(num_rows)
+        variants: dict[str, Callable[[], object]] = {
+            "headrace, 3 metrics": case.headrace,
+            "counts only": case.draws,
+            f"scikit-learn loop, 3 metrics, {SLOW_RESAMPLES} of 1000": case.scikit_learn,
+            f"scipy, 2 means, {SLOW_RESAMPLES * 4} of 1000": case.scipy_means,
+            f"scipy, AUC, {SLOW_RESAMPLES} of 1000": case.scipy_auc,
+        }
+        timings = interleave(variants, rounds=3 if quick else 9)
+        print_timings(f"{num_rows:,} rows", timings)
+        ours, counts, loop, means, auc = (one.median_cpu_s for one in timings.values())
+        loop *= NUM_RESAMPLES / SLOW_RESAMPLES
+        scipy_s = auc * NUM_RESAMPLES / SLOW_RESAMPLES + means * NUM_RESAMPLES / SLOW_RESAMPLES / 4
+        figures += [
+            Figure(f"{num_rows:,} rows: x scikit-learn loop", loop / ours, "x", must, goal, True,
+                   "scikit-learn resample loop, CPU s"),
+            Figure(f"{num_rows:,} rows: x scipy", scipy_s / ours, "x",
+                   90.0 if num_rows == 100_000 else None, None, True, "scipy bootstrap, CPU s"),
+            Figure(f"{num_rows:,} rows: times drawing the counts", ours / counts, "x", 4.5, 3.0,
+                   False, "drawing the multinomial counts"),
+            Figure(f"{num_rows:,} rows: AUC, largest difference", case.check(), "", 1e-12, None,
+                   False, "scikit-learn on the same resample"),
+        ]  # fmt: skip
+    return figures
+
+
+if __name__ == "__main__":
+    run_benchmark(measure)
