@@ -73,6 +73,7 @@ def write_table(
     *,
     roles: Mapping[str, Role] = ROLES,
     targets: tuple[Target, ...] = TARGETS,
+    row_group_rows: int = 100,
 ) -> Table:
     """Write a table folder as the stage ``reduce`` does; row ids are numbered through."""
     with new_folder(folder) as private:
@@ -88,7 +89,8 @@ def write_table(
                 }
             )
             (private / split).mkdir()
-            pq.write_table(table, private / split / "part-00000.parquet", row_group_size=100)
+            path = private / split / "part-00000.parquet"
+            pq.write_table(table, path, row_group_size=row_group_rows)
             first_id += num_rows
         contract = contract_of(splits["train"], roles=roles, targets=targets)
         write_file(private / "contract.json", contract.to_json())

@@ -98,7 +98,7 @@ class ColumnScan:
         if is_text(kind):
             self._add_text(array)
             return
-        self._num_bytes += array.nbytes
+        self._num_bytes += bytes_of(array)
         if is_list(kind):
             array = array.flatten()  # leaves out what null lists hide
             kind = array.type
@@ -207,6 +207,12 @@ def worst_error(values: npt.NDArray[np.float64], dtype: NarrowFloat) -> float:
     with np.errstate(over="ignore", under="ignore"):
         narrow = x.astype(np.float16).astype(np.float64)
         return float(np.max(np.abs(narrow - x) / np.abs(x), initial=0.0))
+
+
+def bytes_of(array: pa.Array) -> int:
+    """Return the bytes of an array; a validity bitmap that marks nothing is not counted."""
+    is_idle = array.null_count == 0 and array.buffers()[0] is not None
+    return int(array.nbytes) - (-(-len(array) // 8) if is_idle else 0)
 
 
 def is_text(dtype: pa.DataType) -> bool:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from headrace.data.dtypes import ColumnPlan, Dtype, cast_column, plan_dtypes
-from headrace.data.ranges import ColumnRange, ColumnScan, NarrowFloat, is_text
+from headrace.data.ranges import ColumnRange, ColumnScan, NarrowFloat, bytes_of, is_text
 from headrace.data.table import Table, open_table
 from headrace.errors import ResourceError, SchemaError, nearest
 from headrace.memory import format_bytes
@@ -234,7 +234,7 @@ def _files(table: Table) -> Iterator[Path]:
 
 
 def _schema(plan: Sequence[ColumnPlan], contract: Contract) -> pa.Schema:
-    fields = [pa.field(ROW_ID, pa.int64(), nullable=False), pa.field(FOLD, pa.int8())]
+    fields = [pa.field(ROW_ID, pa.int64()), pa.field(FOLD, pa.int8())]
     fields += [pa.field(column.name, column.after) for column in plan]
     return pa.schema(fields, metadata={"headrace.contract": contract.digest})
 
@@ -256,8 +256,8 @@ def _rows_per_group(plan: Sequence[ColumnPlan], group_bytes: int) -> int:
 def _held_bytes(column: pa.ChunkedArray) -> int:
     """Bytes of a column in memory; a dictionary is shared by all chunks and counted elsewhere."""
     if pa.types.is_dictionary(column.type):
-        return sum(chunk.indices.nbytes for chunk in column.chunks)
-    return int(column.nbytes)
+        return sum(bytes_of(chunk.indices) for chunk in column.chunks)
+    return sum(bytes_of(chunk) for chunk in column.chunks)
 
 
 def _with_dtypes(contract: Contract, plan: Sequence[ColumnPlan]) -> Contract:
