@@ -9,7 +9,6 @@ from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import scipy.stats
 
 from headrace.evaluation.bootstrap import Units
 from headrace.evaluation.metrics import Sample
@@ -92,10 +91,12 @@ def calibration(
     The interval is normal, from the spread of the units' own sums, so rows of one day or group
     count together as they do in every other interval.
     """
+    from scipy.special import ndtri
+
     weights = np.ones_like(prediction) if weight is None else weight
     edges = np.unique(np.quantile(prediction, np.linspace(0, 1, max_bins + 1)[1:-1]))
     bin_of_row = np.searchsorted(edges, prediction, side="left")
-    half_width = float(scipy.stats.norm.ppf((1 + confidence) / 2))
+    half_width = float(ndtri((1 + confidence) / 2))
     rows: list[tuple[float, float, float, float]] = []
     for number in np.unique(bin_of_row[weights > 0]):
         is_in = bin_of_row == number

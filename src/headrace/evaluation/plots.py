@@ -10,18 +10,19 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure as Canvas
 
 from headrace.evaluation.bootstrap import Interval
 from headrace.evaluation.comparison import Comparison, Judged
 from headrace.evaluation.curves import Calibration, Curve, Grid, Histogram, density
 from headrace.evaluation.metrics import METRICS, Metric
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Canvas
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 
@@ -225,13 +226,15 @@ def class_curves(target: str, model: str, roc: Mapping[str, Curve]) -> Figure:
 
 def confusions(target: str, model: str, labels: Sequence[str], share_CC: Floats) -> Figure:
     """Confusion matrix of one model: share of each true class given each class."""
+    from matplotlib.patches import Rectangle
+
     of_class = share_CC.sum(axis=1, keepdims=True)
     recall = np.divide(share_CC, of_class, out=np.zeros_like(share_CC), where=of_class > 0)
     size = len(labels)
     with _panels(1, columns=1, width=_NARROW, height=1.2 + 0.34 * size) as (fig, (ax,)):
         for i in range(size):
             for j in range(size):
-                square = mpl.patches.Rectangle(
+                square = Rectangle(
                     (j - 0.5, i - 0.5), 1, 1, facecolor=_COLOURS[0], alpha=0.05 + 0.7 * recall[i, j]
                 )
                 ax.add_patch(square)
@@ -311,6 +314,8 @@ def residuals(target: str, histograms: Mapping[str, Histogram]) -> Figure:
 
 def predicted_actual(target: str, model: str, cells: Grid) -> Figure:
     """Where the rows lie by prediction and truth, one model; darker cells hold more rows."""
+    from matplotlib.patches import Rectangle
+
     with _panels(1, columns=1, width=_NARROW, height=3.4) as (fig, (ax,)):
         ends = [cells.x_edges[0], cells.x_edges[-1]]
         shares = np.where(cells.share > 0, cells.share, np.nan)
@@ -319,7 +324,7 @@ def predicted_actual(target: str, model: str, cells: Grid) -> Figure:
         width = cells.x_edges[1] - cells.x_edges[0]
         for j, i in zip(*np.nonzero(cells.share), strict=True):
             ax.add_patch(
-                mpl.patches.Rectangle(
+                Rectangle(
                     (cells.x_edges[i], cells.y_edges[j]),
                     width,
                     width,
@@ -342,7 +347,11 @@ def predicted_actual(target: str, model: str, cells: Grid) -> Figure:
 @contextmanager
 def _panels(
     count: int, *, columns: int, width: float, height: float
-) -> Iterator[tuple[Canvas, list[Axes]]]:
+) -> Iterator[tuple["Canvas", list["Axes"]]]:
+    # Here, not at the top: to read params.yaml is to import this module, and matplotlib takes 1 s.
+    import matplotlib as mpl
+    from matplotlib.figure import Figure as Canvas
+
     columns = min(columns, count)
     rows = -(-count // columns)
     with mpl.rc_context(_STYLE):
@@ -356,7 +365,7 @@ def _panels(
 
 
 def _intervals(
-    ax: Axes,
+    ax: "Axes",
     judged: Sequence[Judged],
     intervals: Sequence[Interval],
     *,
@@ -393,7 +402,7 @@ _VERDICT_COLOURS = {
 }
 
 
-def _svg(figure: Canvas) -> str:
+def _svg(figure: "Canvas") -> str:
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
@@ -407,7 +416,7 @@ def _svg(figure: Canvas) -> str:
     return re.sub(r"font: ([\d.]+px)[^;\"]*", r"font: \1 system-ui, sans-serif", svg)
 
 
-def _legend(ax: Axes, **place: Any) -> None:
+def _legend(ax: "Axes", **place: Any) -> None:
     if ax.get_legend_handles_labels()[0]:
         ax.legend(**place)
 
