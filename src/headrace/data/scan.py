@@ -19,15 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
-from headrace.data.delimited import (
-    FAULT,
-    FILE,
-    Dialect,
-    File,
-    LoadedFile,
-    Reject,
-    load_files,
-)
+from headrace.data.delimited import FAULT, FILE, load_files
+from headrace.data.dialect import Dialect, File, LoadedFile, Reject
 from headrace.data.engine import Engine, as_signed, identifier, identity_hash, literal, literals
 from headrace.errors import ConfigError, DataError, SchemaError, nearest
 from headrace.schema import ROW_ID

@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from headrace.errors import DataError, SchemaError, nearest
+from headrace.storage import digest_file
 
 BATCH_ROWS = 50_000
 _EXACT_DOUBLE = 1 << 53
@@ -40,6 +41,26 @@ def read_sqlite(
         raise DataError(f"{path.name} cannot be read: {error}") from error
     finally:
         connection.close()
+
+
+def read_watermark(path: Path, *, watermark: str | None = None) -> list[list[str | None]]:
+    """Return a small value that changes when the rows do.
+
+    Without ``watermark`` it is the digest of the file, and of the log beside it that holds what
+    was written last.
+    """
+    if watermark is None:
+        log = path.with_name(f"{path.name}-wal")
+        present = [file for file in (path, log) if file.is_file() and file.stat().st_size]
+        return [[digest_file(file).digest for file in present]]
+    connection = _connect(path)
+    try:
+        rows = connection.execute(watermark).fetchmany(100)
+    except sqlite3.Error as error:
+        raise DataError(f"the watermark of {path.name} cannot be read: {error}") from error
+    finally:
+        connection.close()
+    return [[None if value is None else str(value) for value in row] for row in rows]
 
 
 def table_names(path: Path) -> list[str]:

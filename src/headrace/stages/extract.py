@@ -23,7 +23,7 @@ from headrace.data.contract import (
     see_train,
     tidy,
 )
-from headrace.data.delimited import Reject, write_rejects
+from headrace.data.dialect import Reject, write_rejects
 from headrace.data.engine import Engine, identifier, identity_hash, open_engine
 from headrace.data.profile import PROFILE, profile_table
 from headrace.data.recipe import (
@@ -180,6 +180,15 @@ def extract(
         report = _report(prepared, placed, written, classes, useless)
         write_json(folder / REPORT, report)
     _tell(recorder, params, prepared, placed, profile, useless, classes, contract)
+    for source in prepared.scanned:
+        for file in source.files:
+            recorder.dataset(
+                source.name,
+                path=file.file.path,
+                digest=file.digest,
+                num_rows=file.num_rows_kept,
+                context="source",
+            )
     for name, one in written.items():
         path = out / name
         recorder.dataset(name, path=path, digest=one.digest, num_rows=one.num_rows, context=name)
