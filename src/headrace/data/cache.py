@@ -22,6 +22,7 @@ import os
 import pickle
 import platform
 import time
+import zoneinfo
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ _MAX_HEADER_BYTES = 1 << 20
 _KNOWN = {
     "builtins": {"bytearray", "slice"},
     "datetime": {"timedelta", "timezone"},
-    "zoneinfo": {"ZoneInfo._unpickle"},
+    "zoneinfo": {"ZoneInfo"},
     "numpy": {"_frombuffer", "_reconstruct", "dtype", "ndarray"},
     "pyarrow": {"_restore_array", "chunked_array", "py_buffer", "type_for_alias"},
     "pandas": {
@@ -166,13 +167,15 @@ def _from_cache(entry: _Entry, recorder: Recorder) -> tuple[pd.DataFrame | None,
             frame,
             f"in {read_s:.2f} s instead of {built_s:.2f} s: {built_s - read_s:.2f} s saved",
         )
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         pass
-    except (IntegrityError, OSError) as error:
+    except IntegrityError as error:
         faults.append(str(error))
         entry.path.unlink(missing_ok=True)
+    except OSError as error:  # it stays: the next one may be able to read it
+        faults.append(f"cannot be read ({error})")
     if faults:
-        recorder.warn(f"a cached frame {faults[-1]}; it was dropped and is built again")
+        recorder.warn(f"a cached frame {faults[-1]}; it is not used and built again")
     return None, ""
 
 
@@ -224,9 +227,18 @@ class _FrameUnpickler(pickle.Unpickler):
     """Loads frames and nothing else, should a digest ever be forged with its entry."""
 
     def find_class(self, module_name: str, global_name: str) -> Any:
+        if (module_name, global_name) == ("builtins", "getattr"):
+            return _zone_method
         if global_name in _KNOWN.get(module_name.partition(".")[0], ()):
             return super().find_class(module_name, global_name)
         raise IntegrityError(f"names {module_name}.{global_name}, which no frame is made of")
+
+
+def _zone_method(owner: Any, name: str) -> Any:
+    """A time zone is pickled as a call of ``getattr``, which could give anything."""
+    if owner is not zoneinfo.ZoneInfo or name != "_unpickle":
+        raise IntegrityError(f"names {name} of {owner!r}, which no frame is made of")
+    return getattr(owner, name)
 
 
 def _prune(entry: _Entry, cap_bytes: int) -> None:
