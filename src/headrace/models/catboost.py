@@ -1,0 +1,535 @@
+"""Kind ``catboost``: gradient-boosted trees on the reduced table, one model per target.
+
+Categories stay categories: their canonical text, ``__NA__`` where missing (CatBoost refuses a
+missing category). Numbers are float32, NaN where missing. Which rows a model learns from and which
+it stops on comes from the folds; the library's defaults were as good as any setting tried on the
+example and on Adult, and simpler statistics of categories (``max_ctr_complexity: 1``) are the one
+that halves the time for a small loss.
+
+CatBoost holds its whole pool in memory. The bytes are predicted before anything is read; where
+they exceed ``pool_budget`` the model learns from a declared sample of rows, chosen by a hash of
+their id, which is said and recorded. The limit is a parameter, because the model depends on it.
+
+A saved model carries the time, a random id and the path of the training folder; these are set to
+nothing, so that the same rows and parameters give the same file. Snapshots for resuming are kept
+in the checkpoint folder. Trees are the same with 1 and 2 threads, so ``threads`` is for speed.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, cast
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from pydantic import Field, ValidationError
+
+from headrace.data.cache import cached_frame
+from headrace.data.table import Table, open_table
+from headrace.errors import (
+    DataError,
+    DependencyError,
+    IntegrityError,
+    ResourceError,
+    SchemaError,
+    Stopped,
+    nearest,
+)
+from headrace.memory import format_bytes
+from headrace.models.protocol import TrainViews, Values
+from headrace.params import Bytes, Resources, Section
+from headrace.record import Recorder
+from headrace.schema import FOLD, ROW_ID, Contract, Target, encode_target
+from headrace.storage import canonical_json, digest_bytes, read_json, write_json
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from headrace.data.encoder import EncodedBatch
+
+Frame: TypeAlias = "pd.DataFrame"
+
+_CONFIG = "trees.json"
+_MISSING = "__NA__"
+_GPU_DRIVER = Path("/proc/driver/nvidia/version")
+# Peak bytes a row needs, measured on the example (24 numbers, 9 categories, 200k rows): frame,
+# raw and quantised pool, and the running statistics of categories, which are most of it.
+_BYTES_PER_ROW, _BYTES_PER_NUMBER, _BYTES_PER_CATEGORY = 100, 16, 150
+_CURVE_POINTS = 200  # of a learning curve that are recorded, at most
+_LOSS = {"regression": "RMSE", "binary": "Logloss", "multiclass": "MultiClass"}
+
+
+class CatboostParams(Section):
+    """Section ``train.catboost`` of params.yaml; what is absent is the library's own choice."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    threads: Annotated[int, Field(ge=1, le=1024)] = 2
+    iterations: Annotated[int, Field(ge=1)] = 2000  # trees at most
+    patience: Annotated[int, Field(ge=1)] = 100  # trees without a gain before training ends
+    learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None  # None: from rows and trees
+    depth: Annotated[int, Field(ge=1, le=16)] = 6
+    l2_leaf_reg: Annotated[float, Field(ge=0)] = 3.0
+    border_count: Annotated[int, Field(ge=1, le=65_535)] = 254  # splits tried per number
+    max_ctr_complexity: Annotated[int, Field(ge=1, le=15)] | None = None  # categories combined
+    pool_budget: Bytes = 1 << 30  # predicted bytes beyond which a sample of the rows is learnt from
+    checkpoint_minutes: Annotated[float, Field(gt=0)] = 2.0
+
+
+class _Config(Section):
+    """The content of trees.json: the inputs in their order, and the targets."""
+
+    format: Literal[1] = 1
+    features: Annotated[tuple[str, ...], Field(strict=False)]
+    categories: Annotated[tuple[str, ...], Field(strict=False)]
+    targets: Annotated[tuple[Target, ...], Field(strict=False)]
+    threads: int
+
+
+@dataclass(frozen=True)
+class _TrainRows:
+    """The rows that a fit may use, in memory: inputs, labels, weights and the purpose of each.
+
+    Shapes: ``labels`` per target (B,) float64, NaN where missing; ``learn`` and ``stop`` (B,)
+    masks that do not overlap.
+    """
+
+    inputs: Frame
+    labels: Mapping[str, npt.NDArray[np.float64]]
+    weight: npt.NDArray[np.float64] | None
+    learn: npt.NDArray[np.bool_]
+    stop: npt.NDArray[np.bool_]
+
+
+class CatboostModel:
+    """One ensemble of trees per target."""
+
+    kind = "catboost"
+    inputs: Literal["table"] = "table"
+
+    def __init__(
+        self, config: _Config, trees: Mapping[str, Any], summary: Mapping[str, Any]
+    ) -> None:
+        self._config = config
+        self._trees = dict(trees)
+        self._summary = dict(summary)
+
+    @property
+    def summary(self) -> Mapping[str, Any]:
+        """Per target: best iteration, loss on the inner part, importance of each input."""
+        return self._summary
+
+    def predict(self, rows: "EncodedBatch | pa.Table") -> Values:
+        """Return per target the value, P(labels[1]) or the class probabilities of each row.
+
+        Raises:
+            SchemaError: if the rows lack an input column.
+        """
+        from catboost import Pool
+
+        if not isinstance(rows, pa.Table):
+            raise TypeError("trees read rows of the reduced table, not encoded ones")
+        config = self._config
+        if rows.num_rows == 0:  # a pool cannot be empty
+            return {target.name: _no_values(target) for target in config.targets}
+        frame = inputs_of_table(rows, config.features, config.categories)
+        pool = Pool(frame, cat_features=list(config.categories), thread_count=config.threads)
+        return {
+            target.name: _values(self._trees[target.name], pool, target, config.threads)
+            for target in config.targets
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write trees.json and one .cbm per target."""
+        write_json(folder / _CONFIG, self._config.model_dump(mode="json"))
+        for name, trees in self._trees.items():
+            _forget_circumstances(trees)
+            trees.save_model(str(folder / f"{name}.cbm"), format="cbm")
+
+
+def fit(
+    views: TrainViews,
+    params: CatboostParams,
+    *,
+    checkpoints: Path,
+    resources: Resources,
+    recorder: Recorder,
+) -> CatboostModel:
+    """Fit one model per target; stop each on ``views.stop_fold`` and keep its best iteration.
+
+    Raises:
+        ResourceError: if the pool will not fit ``resources.memory_budget``, with the figure needed.
+        DataError: if CatBoost refuses the rows.
+        Stopped: on a signal; the snapshots stay and the next run goes on from them.
+    """
+    contract = views.contract
+    table = open_table(views.table)
+    num_rows = rows_to_learn_from(
+        table.num_rows("train"), contract, params.pool_budget, recorder=recorder
+    )
+    _refuse_small_memory(num_rows, contract, resources)
+    rows = _read_rows(table, views, params, num_rows, recorder)
+    task_type = "GPU" if _is_gpu_used(resources.device) else "CPU"
+    recorder.params(
+        {
+            "device": task_type.lower(),
+            "rows_learnt_from": int(rows.learn.sum()),
+            "rows_held_back": int(rows.stop.sum()),
+        }
+    )
+    config = _Config(
+        features=contract.features,
+        categories=contract.named("category"),
+        targets=contract.targets,
+        threads=params.threads,
+    )
+    folder = checkpoints / _signature(params, views, num_rows, task_type)
+    trees, summary = {}, {}
+    for place, target in enumerate(contract.targets):
+        model = _fit_target(
+            rows, target, config, params, task_type, folder / f"target-{place}", recorder
+        )
+        trees[target.name] = model
+        summary[target.name] = _summary(model, config.features)
+    return CatboostModel(config, trees, {"rows": num_rows, "targets": summary})
+
+
+def load(folder: Path, description: Mapping[str, Any]) -> CatboostModel:
+    """Read back what ``save`` wrote.
+
+    Raises:
+        IntegrityError: if a file is missing or is no CatBoost model.
+    """
+    from catboost import CatBoost, CatBoostError
+
+    try:
+        config = _Config.model_validate(read_json(folder / _CONFIG))
+        trees = {}
+        for target in config.targets:
+            trees[target.name] = CatBoost()
+            trees[target.name].load_model(str(folder / f"{target.name}.cbm"), format="cbm")
+    except (ValidationError, CatBoostError) as error:
+        raise IntegrityError(
+            f"{folder} does not hold whole trees ({error}); train the model again"
+        ) from error
+    return CatboostModel(config, trees, description.get("summary", {}))
+
+
+def predicted_bytes(num_rows: int, contract: Contract) -> int:
+    """Return the bytes CatBoost will hold at its peak for so many rows, rather high than low."""
+    per_row = _BYTES_PER_ROW
+    per_row += _BYTES_PER_NUMBER * len(contract.named("numeric"))
+    per_row += _BYTES_PER_CATEGORY * len(contract.named("category"))
+    return num_rows * per_row
+
+
+def rows_to_learn_from(
+    num_rows: int, contract: Contract, pool_budget: int, *, recorder: Recorder
+) -> int:
+    """Return how many of ``num_rows`` fit ``pool_budget``; fewer than all is said and recorded."""
+    needed = predicted_bytes(num_rows, contract)
+    fitting = min(num_rows, int(num_rows * pool_budget / max(1, needed)))
+    recorder.params({"pool_bytes_predicted": needed, "sample_share": fitting / max(1, num_rows)})
+    if fitting < num_rows:
+        recorder.warn(
+            f"catboost learns from a sample of about {fitting:,} of {num_rows:,} train rows: all "
+            f"would need about {format_bytes(needed)}, and `train.catboost.pool_budget` is "
+            f"{format_bytes(pool_budget)}"
+        )
+    return fitting
+
+
+def is_sampled(row_id: npt.NDArray[np.int64], share: float, *, seed: int) -> npt.NDArray[np.bool_]:
+    """Return which rows a sample of about ``share`` keeps; a hash of id and seed decides."""
+    mixed = row_id.astype(np.uint64) + np.uint64((seed * 0x9E3779B97F4A7C15) % (1 << 64))
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    mixed ^= mixed >> np.uint64(31)
+    keep: npt.NDArray[np.bool_] = (mixed >> np.uint64(11)) < share * (1 << 53)
+    return keep
+
+
+def inputs_of_table(rows: pa.Table, features: Sequence[str], categories: Sequence[str]) -> Frame:
+    """Return the input columns as CatBoost wants them: float32, or categories of text.
+
+    Raises:
+        SchemaError: if a column is missing.
+    """
+    import pandas as pd
+
+    from headrace.data.encoder import category_text
+
+    _require_columns(rows, features)
+    columns: dict[str, Any] = {}
+    for name in features:
+        values = rows[name].combine_chunks()
+        if name in categories:
+            coded = values if pa.types.is_dictionary(values.type) else values.dictionary_encode()
+            codes = coded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+            columns[name] = _text_categories(codes, category_text(coded.dictionary).to_pylist())
+        else:
+            columns[name] = _numbers(values)
+    return pd.DataFrame(columns, copy=False)
+
+
+def _require_columns(rows: pa.Table, features: Sequence[str]) -> None:
+    missing = [name for name in features if name not in rows.column_names]
+    if missing:
+        near = nearest(missing[0], rows.column_names)
+        raise SchemaError(f"the rows lack the columns {missing}, which the trees read{near}")
+
+
+def _text_categories(codes: npt.NDArray[Any], texts: Sequence[str | None]) -> "pd.Categorical":
+    """Return a column of text categories; code -1 and a null label are the missing category."""
+    import pandas as pd
+
+    labels = [_MISSING if text is None else text for text in texts] + [_MISSING]
+    place = {label: number for number, label in enumerate(dict.fromkeys(labels))}
+    lut = np.array([place[label] for label in labels], np.int32)  # its last entry is for code -1
+    return pd.Categorical.from_codes(lut[codes], categories=list(place))
+
+
+def _numbers(values: pa.Array) -> npt.NDArray[np.float32]:
+    """Return float32, NaN where null or not finite."""
+    if pa.types.is_boolean(values.type):
+        values = values.cast(pa.uint8())
+    elif pa.types.is_decimal(values.type) or pa.types.is_null(values.type):
+        values = values.cast(pa.float64())
+    with np.errstate(over="ignore"):
+        numbers = values.to_numpy(zero_copy_only=False).astype(np.float32)
+    numbers[~np.isfinite(numbers)] = np.nan
+    return cast("npt.NDArray[np.float32]", numbers)
+
+
+def _read_rows(
+    table: Table, views: TrainViews, params: CatboostParams, num_rows: int, recorder: Recorder
+) -> _TrainRows:
+    contract = views.contract
+    weight = contract.weight
+    names = [target.name for target in contract.targets]
+    columns = [ROW_ID, FOLD, *contract.features, *names, *([weight] if weight else [])]
+    total = table.num_rows("train")
+    if num_rows < total:
+        read = _read_sample(table, columns, share=num_rows / total, seed=params.seed)
+    else:
+        read = _read_whole(table, columns, views.cache, recorder)
+    fold = read[FOLD].fill_null(-1).to_numpy()
+    return _TrainRows(
+        inputs=inputs_of_table(read, contract.features, contract.named("category")),
+        labels={t.name: encode_target(read[t.name], t) for t in contract.targets},
+        weight=read[weight].cast(pa.float64()).to_numpy() if weight else None,
+        learn=np.isin(fold, views.learn_folds),
+        stop=fold == views.stop_fold,
+    )
+
+
+def _read_whole(table: Table, columns: Sequence[str], cache: Path, recorder: Recorder) -> pa.Table:
+    frame = cached_frame(table, "train", columns, cache=cache, recorder=recorder)
+    return pa.Table.from_pandas(frame, preserve_index=False)
+
+
+def _read_sample(table: Table, columns: Sequence[str], *, share: float, seed: int) -> pa.Table:
+    def kept() -> Iterator[pa.RecordBatch]:
+        for batch in table.batches("train", columns):
+            keep = is_sampled(batch.column(ROW_ID).to_numpy(), share, seed=seed)
+            yield batch.filter(pa.array(keep))
+
+    return pa.Table.from_batches(list(kept())).unify_dictionaries()
+
+
+def _fit_target(
+    rows: _TrainRows,
+    target: Target,
+    config: _Config,
+    params: CatboostParams,
+    task_type: str,
+    folder: Path,
+    recorder: Recorder,
+) -> Any:
+    from catboost import CatBoost, CatBoostError
+
+    is_known = ~np.isnan(rows.labels[target.name])
+    curve = _Curve(target, params.iterations, recorder)
+    folder.mkdir(parents=True, exist_ok=True)
+    model = CatBoost(_settings(params, target, task_type, folder))
+    try:
+        model.fit(
+            _pool(rows, target, rows.learn & is_known, config),
+            eval_set=_pool(rows, target, rows.stop & is_known, config),
+            # CatBoost calls back on the CPU only.
+            callbacks=[curve] if task_type == "CPU" else None,
+        )
+    except KeyboardInterrupt as error:  # what any signal becomes inside CatBoost
+        raise Stopped(
+            f"training of target {target.name!r} was stopped; run again to go on from its snapshot"
+        ) from error
+    except CatBoostError as error:
+        raise DataError(f"catboost cannot learn target {target.name!r}: {error}") from error
+    if curve.error is not None:
+        raise curve.error
+    return model
+
+
+def _pool(rows: _TrainRows, target: Target, chosen: npt.NDArray[np.bool_], config: _Config) -> Any:
+    from catboost import Pool
+
+    y = rows.labels[target.name][chosen]
+    return Pool(
+        rows.inputs[chosen],
+        y if target.task == "regression" else y.astype(np.int64),
+        cat_features=list(config.categories),
+        weight=None if rows.weight is None else rows.weight[chosen],
+        thread_count=config.threads,
+    )
+
+
+def _settings(
+    params: CatboostParams, target: Target, task_type: str, folder: Path
+) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "loss_function": _LOSS[target.task],
+        "iterations": params.iterations,
+        "learning_rate": params.learning_rate,
+        "depth": params.depth,
+        "l2_leaf_reg": params.l2_leaf_reg,
+        "border_count": params.border_count,
+        "max_ctr_complexity": params.max_ctr_complexity,
+        "od_type": "Iter",
+        "od_wait": params.patience,
+        "use_best_model": True,
+        "random_seed": params.seed,
+        "thread_count": params.threads,
+        "task_type": task_type,
+        "logging_level": "Silent",
+        "train_dir": str(folder),
+        "save_snapshot": True,
+        "snapshot_file": "snapshot",
+        "snapshot_interval": max(1, round(60 * params.checkpoint_minutes)),
+    }
+    if target.task == "multiclass":
+        settings["classes_count"] = len(target.labels)
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+@dataclass
+class _Curve:
+    """Tells the recorder how training goes; CatBoost calls it after every tree.
+
+    An exception here would reach the caller as text only, so it is kept and raised afterwards.
+    """
+
+    target: Target
+    iterations: int
+    recorder: Recorder
+    error: BaseException | None = field(default=None, init=False)
+
+    def after_iteration(self, info: Any) -> bool:
+        """Record a point of the learning curve; return whether to go on."""
+        try:
+            self._tell(info)
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 -- raised again after the fit
+            self.error = error
+            return False
+        return True
+
+    def _tell(self, info: Any) -> None:
+        name = _LOSS[self.target.task]
+        learnt, held_back = info.metrics["learn"][name][-1], info.metrics["validation"][name][-1]
+        self.recorder.progress(
+            info.iteration,
+            self.iterations,
+            unit="trees",
+            detail=f"{self.target.name}: inner {name} {held_back:.5g}",
+        )
+        if (info.iteration - 1) % max(1, self.iterations // _CURVE_POINTS) == 0:
+            values = {
+                f"train_loss_{self.target.name}": float(learnt),
+                f"inner_loss_{self.target.name}": float(held_back),
+            }
+            self.recorder.metrics(
+                {key: value for key, value in values.items() if math.isfinite(value)},
+                step=info.iteration,
+            )
+
+
+def _values(trees: Any, pool: Any, target: Target, threads: int) -> npt.NDArray[np.float64]:
+    kind = "RawFormulaVal" if target.task == "regression" else "Probability"
+    values = np.asarray(
+        trees.predict(pool, prediction_type=kind, thread_count=threads), dtype=np.float64
+    )
+    if target.task == "binary":
+        return values[:, 1]
+    if target.task == "multiclass":
+        return cast("npt.NDArray[np.float64]", values / values.sum(axis=1, keepdims=True))
+    return values
+
+
+def _no_values(target: Target) -> npt.NDArray[np.float64]:
+    return np.empty((0, target.num_outputs) if target.task == "multiclass" else 0)
+
+
+def _summary(trees: Any, features: Sequence[str]) -> dict[str, Any]:
+    importances = [float(value) for value in trees.get_feature_importance()]
+    (held_back,) = trees.get_best_score()["validation"].values()
+    return {
+        "best_iteration": int(trees.get_best_iteration()),
+        "trees": int(trees.tree_count_),
+        "inner_loss": float(held_back),
+        "importances": dict(zip(features, importances, strict=True)),
+    }
+
+
+def _forget_circumstances(trees: Any) -> None:
+    """Blank what differs between identical runs: time, random id, folder of the training."""
+    metadata = trees.get_metadata()
+    for key in ("train_finish_time", "model_guid"):
+        metadata[key] = ""
+    for key in ("params", "output_options"):
+        if key in metadata:
+            content = json.loads(metadata[key])
+            content.pop("train_dir", None)
+            content.get("flat_params", {}).pop("train_dir", None)
+            metadata[key] = canonical_json(content)
+
+
+def _is_gpu_used(device: str) -> bool:
+    from catboost.utils import get_gpu_device_count
+
+    if device not in ("auto", "cuda"):
+        return False
+    # Asked only where there is a driver: elsewhere CatBoost prints an error to stderr.
+    is_present: bool = _GPU_DRIVER.exists() and get_gpu_device_count() > 0
+    if device == "cuda" and not is_present:
+        raise DependencyError(
+            "`resources.device` is 'cuda', but CatBoost finds no GPU on this machine; set it to "
+            "auto or cpu"
+        )
+    return is_present
+
+
+def _refuse_small_memory(num_rows: int, contract: Contract, resources: Resources) -> None:
+    needed = predicted_bytes(num_rows, contract)
+    if needed > resources.memory_budget:
+        raise ResourceError(
+            f"catboost would need about {format_bytes(needed)} for {num_rows:,} train rows, and "
+            f"{format_bytes(resources.memory_budget)} of `resources.memory_budget` are left for "
+            f"this stage; raise it, or lower `train.catboost.pool_budget` to learn from a sample"
+        )
+
+
+def _signature(params: CatboostParams, views: TrainViews, num_rows: int, task_type: str) -> str:
+    """Name the folder of snapshots by all that the trees depend on."""
+    chosen = params.model_dump(mode="json", exclude={"checkpoint_minutes", "threads"})
+    folds = [list(views.learn_folds), views.stop_fold]
+    text = canonical_json(
+        {
+            "params": chosen,
+            "contract": views.contract.digest,
+            "folds": folds,
+            "rows": num_rows,
+            "device": task_type,
+        }
+    )
+    return digest_bytes(text.encode())[:16]

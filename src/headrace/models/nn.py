@@ -1,0 +1,78 @@
+"""Kind ``nn``: one network for all targets, trained from encoded shards.
+
+Only the section and the two entries of the protocol are here, so that reading params.yaml loads no
+torch; the network itself is in ``multihead``. Memory does not grow with the table: batches come
+from the shards on disk. Weights depend on ``threads``, which is why it is a parameter and no
+resource.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from headrace.models.protocol import TrainViews
+from headrace.params import Resources
+from headrace.record import Recorder
+from headrace.training.params import TrainingParams
+
+if TYPE_CHECKING:
+    from headrace.models.multihead import MultiHeadModel
+
+Width = Annotated[int, Field(ge=1, le=65_536)]
+
+
+class NnParams(TrainingParams):
+    """Section ``train.nn`` of params.yaml: the network's shape, and how it is trained."""
+
+    hidden_sizes: Annotated[tuple[Width, ...], Field(strict=False, min_length=1)] = (256, 128)
+    activation: Literal["relu", "gelu", "silu"] = "relu"
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    batch_norm: bool = False
+    embedding_size: Annotated[int, Field(ge=1, le=4096)] = 32  # at most, per category
+    # Factor of each target's loss in the total; a target that is not named has 1.
+    target_weights: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    stop_on: str = "loss"  # early stopping looks at the total, or at the loss of this target
+
+
+def fit(
+    views: TrainViews,
+    params: NnParams,
+    *,
+    checkpoints: Path,
+    resources: Resources,
+    recorder: Recorder,
+) -> "MultiHeadModel":
+    """Train the network on ``views.learn_folds``; stop on ``views.stop_fold``; keep the best.
+
+    Raises:
+        ConfigError: if ``stop_on`` or ``target_weights`` names no target.
+        DataError: if a loss is not finite, with row ids.
+        DependencyError: if the device asked for is not there.
+    """
+    from headrace.models.multihead import Trunk, fit_multihead
+
+    return fit_multihead(
+        views,
+        params,
+        trunk=Trunk(
+            hidden_sizes=params.hidden_sizes,
+            activation=params.activation,
+            dropout=params.dropout,
+            batch_norm=params.batch_norm,
+        ),
+        embedding_size=params.embedding_size,
+        target_weights=params.target_weights,
+        stop_on=params.stop_on,
+        checkpoints=checkpoints,
+        resources=resources,
+        recorder=recorder,
+    )
+
+
+def load(folder: Path, description: Mapping[str, Any]) -> "MultiHeadModel":
+    """Read back what ``save`` wrote."""
+    from headrace.models.multihead import load_multihead
+
+    return load_multihead(folder, description)

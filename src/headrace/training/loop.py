@@ -1,0 +1,327 @@
+"""The training loop: epochs, learning-rate schedule, early stopping, checkpoints.
+
+It knows nothing of tables or layers: a ``Learner`` hands it batches and losses. Sums of losses and
+of row weights travel separately up to the end of an epoch, so every logged loss is the mean over
+rows, however short the last batch. After each epoch the learner validates on rows it does not
+learn from; the weights of the best epoch are those that stay.
+
+A checkpoint holds all that the next step depends on: weights, optimiser, random stream, epoch and
+batches used, the sums of the running epoch, the best weights so far. A resumed run is bit-equal to
+an undisturbed one on a CPU with the same number of threads. Cost: three to four times the weights
+on disk, after each epoch and every ``checkpoint_minutes``.
+"""
+
+import math
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from headrace.errors import DataError
+from headrace.record import Recorder
+from headrace.training.checkpoint import Checkpoints
+from headrace.training.device import RandomStream
+from headrace.training.params import TrainingParams
+from headrace.training.stopping import EarlyStopping
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Losses of one batch: per name the sum over rows of weight × loss, and the sum of weights.
+
+    ``scales`` are the factors with which the means enter the total that is minimised.
+    """
+
+    sums: Mapping[str, torch.Tensor]
+    weights: Mapping[str, torch.Tensor]
+    scales: Mapping[str, float]
+
+    def total(self) -> torch.Tensor:
+        """Return the scaled sum of the row-weighted mean losses; a name without rows adds 0."""
+        parts = [
+            self.scales[name] * self.sums[name] / self.weights[name].clamp_min(1e-12)
+            for name in self.sums
+        ]
+        return torch.stack(parts).sum()
+
+
+@dataclass
+class LossMeans:
+    """Row-weighted mean losses over many batches, summed in float64."""
+
+    scales: Mapping[str, float]
+    sums: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+
+    def add(self, losses: Losses) -> None:
+        """Take in one batch."""
+        for name in losses.sums:
+            self.sums[name] = self.sums.get(name, 0.0) + float(losses.sums[name].detach())
+            self.weights[name] = self.weights.get(name, 0.0) + float(losses.weights[name])
+
+    def means(self) -> dict[str, float]:
+        """Return the mean per name; NaN for a name without a labelled row."""
+        return {
+            name: total / self.weights[name] if self.weights[name] > 0 else math.nan
+            for name, total in self.sums.items()
+        }
+
+    def total(self) -> float:
+        """Return the scaled sum of the means that exist."""
+        means = self.means()
+        return sum(self.scales[n] * value for n, value in means.items() if self.weights[n] > 0)
+
+
+class RowBatch(Protocol):
+    """What the loop itself needs of a batch."""
+
+    @property
+    def row_id(self) -> torch.Tensor:
+        """The rows' ids, for messages; its length is the number of rows."""
+
+
+class Learner(Protocol):
+    """What the loop trains: a network, its batches and its losses."""
+
+    network: nn.Module
+    num_rows: int  # learnt from in one epoch
+    num_batches: int  # at most, in one epoch
+
+    def batches(self, epoch: int, *, used: int) -> Iterable[Any]:
+        """Yield the batches (``RowBatch``) of ``epoch`` after the first ``used``."""
+
+    def losses(self, batch: Any) -> Losses:
+        """Run the network on ``batch``; the sums carry gradients."""
+
+    def validate(self) -> LossMeans:
+        """Return losses on the rows held back, in evaluation mode, without gradients."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a training run ended; the learner's network holds the weights of ``best_epoch``."""
+
+    best_epoch: int  # from 1
+    num_epochs: int
+    best_loss: float
+    num_parameters: int
+
+
+def train_network(
+    learner: Learner,
+    params: TrainingParams,
+    *,
+    stop_on: str,
+    stream: RandomStream,
+    checkpoints: Checkpoints,
+    recorder: Recorder,
+) -> Outcome:
+    """Train ``learner.network`` until it stops improving; leave the best weights in it.
+
+    ``stop_on`` is ``loss`` (the total) or the name of one of the losses. Random numbers (dropout)
+    come from ``stream``.
+
+    Raises:
+        DataError: if a loss is not finite, with the first row ids of the batch.
+    """
+    run = _Run(learner, params, stop_on, stream, checkpoints, recorder)
+    with stream.lent():
+        run.resume()
+        while not run.stopping.is_over and run.epoch < params.max_epochs:
+            run.one_epoch()
+    return run.finish()
+
+
+def learning_rate(step: int, total_steps: int, params: TrainingParams) -> float:
+    """Return the learning rate of update ``step`` (from 0) of at most ``total_steps``."""
+    rate = params.learning_rate
+    if step < params.warmup_steps:
+        return rate * (step + 1) / params.warmup_steps
+    if params.schedule == "constant":
+        return rate
+    share = (step - params.warmup_steps) / max(1, total_steps - params.warmup_steps)
+    return rate * max(0.01, 0.5 * (1 + math.cos(math.pi * min(1.0, share))))
+
+
+class _Run:
+    """One training run: the state that a checkpoint keeps, and the steps that change it."""
+
+    def __init__(
+        self,
+        learner: Learner,
+        params: TrainingParams,
+        stop_on: str,
+        stream: RandomStream,
+        checkpoints: Checkpoints,
+        recorder: Recorder,
+    ) -> None:
+        self._learner = learner
+        self._params = params
+        self._stop_on = stop_on
+        self._stream = stream
+        self._checkpoints = checkpoints
+        self._recorder = recorder
+        self._optimiser = _optimiser(learner.network, params)
+        self._best: dict[str, torch.Tensor] = {}
+        self._sums: LossMeans | None = None
+        self._saved_at = time.monotonic()
+        self.stopping = EarlyStopping(params.patience)
+        self.epoch = 0  # finished ones
+        self.used = 0  # batches of the running epoch
+        self.step = 0  # updates over all epochs
+
+    def one_epoch(self) -> None:
+        """Finish the running epoch, validate, and keep the weights if they are the best."""
+        network, learner = self._learner.network, self._learner
+        network.train()
+        began, num_rows = time.monotonic(), 0
+        for batch in learner.batches(self.epoch, used=self.used):
+            self._update(batch)
+            self.used += 1
+            num_rows += len(batch.row_id)
+            rate = num_rows / max(1e-9, time.monotonic() - began)
+            self._recorder.progress(
+                self.epoch,
+                self._params.max_epochs,
+                unit="epochs",
+                detail=f"batch {self.used}/{learner.num_batches}, {rate:,.0f} rows/s",
+            )
+            if time.monotonic() - self._saved_at >= 60 * self._params.checkpoint_minutes:
+                self._save()
+        held_back = self._validate()
+        self._log(held_back)
+        value = held_back.total() if self._stop_on == "loss" else held_back.means()[self._stop_on]
+        if self.stopping.see(self.epoch, value):
+            self._best = _copy(network.state_dict())
+        self.epoch, self.used, self._sums = self.epoch + 1, 0, None
+        self._save()
+        self._recorder.progress(
+            self.epoch, self._params.max_epochs, unit="epochs", detail=f"loss {value:.5g}"
+        )
+
+    def resume(self) -> None:
+        """Go on from the newest whole checkpoint, if there is one."""
+        state = self._checkpoints.load()
+        if state is None:
+            return
+        self._learner.network.load_state_dict(state["network"])
+        self._optimiser.load_state_dict(state["optimiser"])
+        self._stream.restore(state["stream"])
+        self.stopping.restore(state["stopping"])
+        self._best = {
+            name: value.to(_device_of(self._learner.network))
+            for name, value in state["best"].items()
+        }
+        self.epoch, self.used, self.step = state["epoch"], state["used"], state["step"]
+        if state["sums"] is not None:
+            self._sums = LossMeans(**state["sums"])
+        self._recorder.note(f"Resumed in epoch {self.epoch + 1} after {self.used} batches.")
+
+    def finish(self) -> Outcome:
+        """Put the best weights back and say how it went."""
+        network = self._learner.network
+        if not self._best:
+            raise DataError(
+                "training diverged in its first epoch: the validation loss is not finite; set a "
+                "smaller learning_rate, or look for extreme values in the numeric columns"
+            )
+        network.load_state_dict(self._best)
+        network.eval()
+        return Outcome(
+            best_epoch=self.stopping.best_epoch + 1,
+            num_epochs=self.epoch,
+            best_loss=self.stopping.best,
+            num_parameters=sum(p.numel() for p in network.parameters()),
+        )
+
+    def _update(self, batch: Any) -> None:
+        rate = learning_rate(
+            self.step, self._learner.num_batches * self._params.max_epochs, self._params
+        )
+        for group in self._optimiser.param_groups:
+            group["lr"] = rate
+        self._optimiser.zero_grad(set_to_none=True)
+        losses = self._learner.losses(batch)
+        total = losses.total()
+        if not math.isfinite(float(total.detach())):
+            raise DataError(
+                f"the training loss is {float(total.detach())} in epoch {self.epoch + 1}, batch "
+                f"{self.used + 1}; first row ids: {[str(int(i)) for i in batch.row_id[:5]]}. Look "
+                f"at these rows for extreme values, or set a smaller learning_rate"
+            )
+        torch.autograd.backward(total)
+        nn.utils.clip_grad_norm_(self._learner.network.parameters(), self._params.clip_norm)
+        self._optimiser.step()
+        self.step += 1
+        if self._sums is None:
+            self._sums = LossMeans(dict(losses.scales))
+        self._sums.add(losses)
+
+    def _validate(self) -> LossMeans:
+        self._learner.network.eval()
+        with torch.no_grad():
+            return self._learner.validate()
+
+    def _log(self, held_back: LossMeans) -> None:
+        learnt = self._sums
+        values = {"inner_loss": held_back.total()}
+        values |= {f"inner_loss_{name}": value for name, value in held_back.means().items()}
+        if learnt is not None:
+            values["train_loss"] = learnt.total()
+            values |= {f"train_loss_{name}": value for name, value in learnt.means().items()}
+        values["learning_rate"] = float(self._optimiser.param_groups[0]["lr"])  # the one used last
+        self._recorder.metrics(
+            {name: value for name, value in values.items() if math.isfinite(value)},
+            step=self.epoch + 1,
+        )
+
+    def _save(self) -> None:
+        sums = self._sums
+        self._checkpoints.save(
+            {
+                "network": self._learner.network.state_dict(),
+                "optimiser": self._optimiser.state_dict(),
+                "stream": self._stream.state(),
+                "stopping": self.stopping.state(),
+                "best": self._best,
+                "epoch": self.epoch,
+                "used": self.used,
+                "step": self.step,
+                "sums": None
+                if sums is None
+                else {
+                    "scales": dict(sums.scales),
+                    "sums": dict(sums.sums),
+                    "weights": dict(sums.weights),
+                },
+            }
+        )
+        self._saved_at = time.monotonic()
+
+
+def _optimiser(network: nn.Module, params: TrainingParams) -> torch.optim.Optimizer:
+    """AdamW; biases, norms and embeddings are not pulled to zero."""
+    embedded = {
+        id(weight)
+        for module in network.modules()
+        if isinstance(module, nn.Embedding)
+        for weight in module.parameters()
+    }
+    decayed = [p for p in network.parameters() if p.ndim >= 2 and id(p) not in embedded]
+    others = [p for p in network.parameters() if p.ndim < 2 or id(p) in embedded]
+    groups = [
+        {"params": decayed, "weight_decay": params.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=params.learning_rate)
+
+
+def _copy(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in state.items()}
+
+
+def _device_of(network: nn.Module) -> torch.device:
+    return next(network.parameters()).device
