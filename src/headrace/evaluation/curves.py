@@ -142,12 +142,13 @@ def histogram(values: Floats, edges: Floats, weight: Floats | None) -> Histogram
 
 
 def grid(x: Floats, y: Floats, weight: Floats | None, *, num_bins: int = 40) -> Grid:
-    """Return the share of rows in the cells of one square range of both axes."""
-    both = np.concatenate([x, y])
-    low, high = float(both.min()), float(both.max())
-    edges = np.linspace(low, high if high > low else low + 1, num_bins + 1)
-    counts, _, _ = np.histogram2d(y, x, (edges, edges), weights=weight)
-    return Grid(edges, edges, counts / counts.sum())
+    """Return the share of rows in equal cells over all of ``x`` and all of ``y``."""
+    edges = [
+        np.linspace(v.min(), v.max() if v.max() > v.min() else v.min() + 1, num_bins + 1)
+        for v in (x, y)
+    ]
+    counts, _, _ = np.histogram2d(y, x, (edges[1], edges[0]), weights=weight)
+    return Grid(edges[0], edges[1], counts / counts.sum())
 
 
 def confusion(sample: Sample) -> Floats:

@@ -145,7 +145,7 @@ def densities(comparison: Comparison, resamples: Mapping[str, Floats]) -> Figure
             value = comparison.of(model, metric.name).estimate.value
             if len(curve.x):
                 ax.plot(curve.x, curve.y, color=colour, label=model)
-                ax.fill_between(curve.x, curve.y, color=colour, alpha=0.12, linewidth=0)
+                ax.fill_between(curve.x, curve.y, color=colour, alpha=0.08, linewidth=0)
             elif value is not None:
                 ax.axvline(value, color=colour, label=f"{model} (constant)")
         ax.set_xlabel(f"{metric.title} {_arrow(metric)}")
@@ -299,6 +299,9 @@ def residuals(target: str, histograms: Mapping[str, Histogram]) -> Figure:
         shares = np.concatenate([found.share for found in histograms.values()])
         if shares.max() > 1000 * shares[shares > 0].min():
             ax.set_yscale("log")
+            # The default labels of a log axis are formulas, and formulas are not parsed here.
+            ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            ax.yaxis.set_minor_formatter(lambda *_: "")
         ax.set_xlabel("prediction − truth")
         ax.set_ylabel("share of rows per bin")
         _legend(ax)
@@ -317,23 +320,24 @@ def predicted_actual(target: str, model: str, cells: Grid) -> Figure:
     from matplotlib.patches import Rectangle
 
     with _panels(1, columns=1, width=_NARROW, height=3.4) as (fig, (ax,)):
-        ends = [cells.x_edges[0], cells.x_edges[-1]]
         shares = np.where(cells.share > 0, cells.share, np.nan)
         least, most = float(np.nanmin(shares)), float(np.nanmax(shares))
         depth = np.log(shares / least) / np.log(most / least) if most > least else shares * 0 + 1
-        width = cells.x_edges[1] - cells.x_edges[0]
+        x, y = cells.x_edges, cells.y_edges
         for j, i in zip(*np.nonzero(cells.share), strict=True):
             ax.add_patch(
                 Rectangle(
-                    (cells.x_edges[i], cells.y_edges[j]),
-                    width,
-                    width,
+                    (x[i], y[j]),
+                    x[i + 1] - x[i],
+                    y[j + 1] - y[j],
                     facecolor=_COLOURS[0],
                     alpha=round(0.15 + 0.85 * float(depth[j, i]), 2),
                 )
             )
-        ax.plot(ends, ends, color=_INK, linewidth=0.8, linestyle=":")
-        ax.set(xlim=ends, ylim=ends, aspect="equal", xlabel="prediction", ylabel="truth")
+        ends = [max(x[0], y[0]), min(x[-1], y[-1])]
+        if ends[0] < ends[1]:
+            ax.plot(ends, ends, color=_INK, linewidth=0.8, linestyle=":")
+        ax.set(xlim=(x[0], x[-1]), ylim=(y[0], y[-1]), xlabel="prediction", ylabel="truth")
         svg = _svg(fig)
     return Figure(
         "predicted",

@@ -81,10 +81,9 @@ def interval_text(found: Interval) -> tuple[str, str]:
         return "–", found.reason
     if found.low is None or found.high is None:
         return f"{found.value:.4g}".replace("-", "−"), found.reason
-    decimals = _decimals((found.high - found.low) / 2)
+    style = _style((found.high - found.low) / 2)
     value, low, high = (
-        f"{number:.{decimals}f}".replace("-", "−")
-        for number in (found.value, found.low, found.high)
+        f"{number:{style}}".replace("-", "−") for number in (found.value, found.low, found.high)
     )
     return value, f"[{low}, {high}]"
 
@@ -160,6 +159,13 @@ def _figure_view(figure: Figure) -> dict[str, Any]:
 def _profile_view(profile: Mapping[str, Any]) -> dict[str, Any]:
     """Turn a profile of any form into a table: scalars as columns, counts as small bars."""
     columns = {name: _flat(said) for name, said in profile.items() if isinstance(said, Mapping)}
+    counts = {said.get("rows") for said in columns.values()}
+    num_rows = counts.pop() if len(counts) == 1 else None
+    if num_rows is not None:  # the same for all columns: said once, above the table
+        columns = {
+            name: {key: value for key, value in said.items() if key != "rows"}
+            for name, said in columns.items()
+        }
     keys = list(dict.fromkeys(key for said in columns.values() for key in said))
     first = [key for key in _PROFILE_ORDER if key in keys]
     keys = first + [key for key in keys if key not in first]
@@ -167,7 +173,8 @@ def _profile_view(profile: Mapping[str, Any]) -> dict[str, Any]:
         {"name": name, "cells": [said.get(key, "") for key in keys]}
         for name, said in columns.items()
     ]
-    return {"headings": [key.replace("_", " ") for key in keys], "rows": rows}
+    headings = [key.replace("_", " ") for key in keys]
+    return {"headings": headings, "rows": rows, "num_rows": num_rows}
 
 
 def _flat(said: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -222,13 +229,14 @@ def _plain(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
-        return f"{value:,}"
+        return f"{value:,}" if abs(value) >= 10_000 else str(value)  # a year stays a year
     if isinstance(value, float):
         return f"{value:.4g}"
     return str(value)
 
 
-def _decimals(half_width: float) -> int:
+def _style(half_width: float) -> str:
+    """The format that keeps two figures of an interval's half width."""
     if half_width <= 0 or not math.isfinite(half_width):
-        return 4
-    return max(0, min(10, 1 - math.floor(math.log10(half_width))))
+        return ".4g"
+    return f".{max(0, min(10, 1 - math.floor(math.log10(half_width))))}f"

@@ -1,0 +1,168 @@
+"""Curves, figures and the page's numbers: what a reader sees is what was computed."""
+
+import re
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from headrace.evaluation import curves, plots
+from headrace.evaluation.bootstrap import Interval, Units
+from headrace.evaluation.metrics import Sample
+from headrace.evaluation.report import ReportInputs, interval_text, render_report
+
+SETTINGS = {"confidence": 0.95, "num_resamples": 200, "threshold": 0.5}
+
+
+def scores(num_rows=5000, seed=0):
+    rng = np.random.default_rng(seed)
+    score = np.round(rng.random(num_rows), 3)
+    return score, rng.random(num_rows) < score, rng.uniform(0.5, 2, num_rows)
+
+
+def test_the_thinned_roc_curve_holds_the_area():
+    """200 points lie on the full curve and lose next to nothing of it."""
+    score, is_positive, weight = scores()
+    curve = curves.roc(score, is_positive, weight)
+    assert len(curve.x) <= 202
+    assert (curve.x[0], curve.y[0], curve.x[-1], curve.y[-1]) == (0, 0, 1, 1)
+    area = np.trapezoid(curve.y, curve.x)
+    expected = roc_auc_score(is_positive, score, sample_weight=weight)
+    assert area == pytest.approx(expected, abs=1e-3)
+
+
+def test_precision_at_full_recall_is_the_base_rate():
+    """And precision lies within 0 and 1 all the way."""
+    score, is_positive, weight = scores()
+    curve = curves.precision_recall(score, is_positive, weight)
+    assert curve.x[-1] == pytest.approx(1)
+    assert curve.y[-1] == pytest.approx(np.average(is_positive, weights=weight))
+    assert ((curve.y >= 0) & (curve.y <= 1)).all()
+
+
+def test_calibration_bins_hold_the_rows_and_their_means():
+    """Shares add up to 1; a calibrated score lies within its intervals in most bins."""
+    score, is_positive, weight = scores()
+    units = Units("row", np.arange(5000), 5000)
+    found = curves.calibration(score, is_positive * 1.0, weight, units, confidence=0.95)
+    assert len(found.share) == 10
+    assert found.share.sum() == pytest.approx(1)
+    assert (np.diff(found.predicted) > 0).all()
+    inside = (found.low <= found.predicted) & (found.predicted <= found.high)
+    assert inside.sum() >= 8
+    overall = np.average(is_positive, weights=weight)
+    assert (found.share * found.observed).sum() == pytest.approx(overall)
+
+
+def test_calibration_intervals_are_by_unit():
+    """Rows that repeat ten times are no more evidence than once."""
+    score, is_positive, _ = scores(400)
+    repeated = Units("group", np.repeat(np.arange(400), 10), 400)
+    once = curves.calibration(
+        score, is_positive * 1.0, None, Units("row", np.arange(400), 400), confidence=0.9
+    )
+    ten = curves.calibration(
+        np.repeat(score, 10), np.repeat(is_positive * 1.0, 10), None, repeated, confidence=0.9
+    )
+    np.testing.assert_allclose(ten.low, once.low, atol=1e-12)
+
+
+def test_a_constant_prediction_is_one_bin():
+    """The prior baseline: one point, with an interval; on one unit without."""
+    truth = np.arange(20) % 2 * 1.0
+    found = curves.calibration(
+        np.full(20, 0.5), truth, None, Units("row", np.arange(20), 20), confidence=0.95
+    )
+    assert found.observed.tolist() == [0.5]
+    assert found.low[0] < 0.5 < found.high[0]
+    alone = curves.calibration(
+        np.full(20, 0.5), truth, None, Units("day", np.zeros(20, int), 1), confidence=0.95
+    )
+    assert np.isnan(alone.low).all()
+
+
+@pytest.mark.parametrize("values", [np.array([3.0]), np.arange(5.0), np.r_[np.zeros(99), 1000.0]])
+def test_histograms_clip_nothing(values):
+    """All rows lie between the edges, however far the farthest is."""
+    edges = curves.bin_edges(values)
+    found = curves.histogram(values, edges, None)
+    assert len(edges) <= 81
+    assert found.share.sum() == pytest.approx(1)
+    assert edges[0] <= values.min()
+    assert edges[-1] >= values.max()
+    cells = curves.grid(values, values * 2, None)
+    assert cells.share.sum() == pytest.approx(1)
+
+
+def test_a_density_integrates_to_1_and_a_constant_has_none():
+    """NaN resamples are left out."""
+    values = np.append(np.random.default_rng(0).normal(3, 0.1, 500), np.nan)
+    found = curves.density(values)
+    assert np.trapezoid(found.y, found.x) == pytest.approx(1, abs=0.01)
+    assert len(curves.density(np.full(9, 0.5)).x) == 0
+
+
+def test_confusion_shares_are_weighted():
+    """True class by row, predicted class by column."""
+    sample = Sample(
+        "multiclass",
+        np.array([0.0, 1, 1]),
+        np.array([[0.9, 0.1, 0], [0.8, 0.2, 0], [0, 0.4, 0.6]]),
+        np.array([2.0, 1, 1]),
+    )
+    assert curves.confusion(sample).tolist() == [[0.5, 0, 0], [0.25, 0, 0.25], [0, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("found", "text"),
+    [
+        (Interval(0.69823, 0.6621, 0.7334), ("0.698", "[0.662, 0.733]")),
+        (Interval(37.82, 34.16, 42.16), ("37.8", "[34.2, 42.2]")),
+        (Interval(-0.00431, -0.0071, -0.0016), ("−0.0043", "[−0.0071, −0.0016]")),
+        (Interval(12345.6, 11000, 14000), ("12346", "[11000, 14000]")),
+        (Interval(0.5, 0.5, 0.5), ("0.5", "[0.5, 0.5]")),
+        (Interval(0.5, None, None, reason="1 day"), ("0.5", "1 day")),
+        (Interval(None, None, None, reason="only one class"), ("–", "only one class")),
+    ],
+)
+def test_numbers_are_rounded_by_their_interval(found, text):
+    """Two figures of the half width; what is not there says why."""
+    assert interval_text(found) == text
+
+
+def test_a_wide_range_gets_a_log_axis_with_plain_labels():
+    """Formulas are not parsed, so none may be written."""
+    share = np.array([0.9, 0.0999, 0.0001])
+    figure = plots.residuals("y", {"m": curves.Histogram(np.arange(4.0), share)})
+    assert "0.001" in figure.svg
+    assert "mathdefault" not in figure.svg
+
+
+def test_figures_are_the_same_bytes_each_time_and_keep_ids_apart():
+    """No date, no random id; in a page each figure has ids of its own."""
+    score, is_positive, _ = scores(300)
+    lines = {"m": curves.roc(score, is_positive, None)}
+    one, two = (plots.class_curves("y", "m", lines) for _ in range(2))
+    assert one == two
+    inline = one.inline_text()
+    ids = re.findall(r'\bid="([^"]+)"', inline)
+    assert ids
+    assert all(name.startswith("curves-") for name in ids)
+    assert "currentColor" in inline
+
+
+@pytest.mark.parametrize(
+    ("profile", "said"),
+    [
+        ({"a": {"rows": 7, "top": [{"value": "x<y", "count": 3}]}}, "x&lt;y (3)"),
+        ({"a": {"rows": 7}, "b": {"rows": 7, "min": 1956}}, "2 columns, 7 train rows"),
+        ({"a": {"association": {"late": 0.25}, "is_odd": True, "gone": None}}, "association late"),
+        ({"a": {"histogram": {"counts": [0, 2, 1], "edges": [0, 1, 2, 3]}}}, 'class="bars"'),
+        ({"a": {"histogram": {"counts": [], "edges": []}}, "b": "text"}, "1 column<"),
+    ],
+)
+def test_any_profile_becomes_a_table(profile, said):
+    """Its form may grow; names and values are escaped."""
+    page = render_report(ReportInputs([], SETTINGS, {}, profile))
+    assert said in page
+    assert "x<y" not in page
