@@ -24,10 +24,11 @@ import pyarrow.parquet as pq
 
 from headrace.data.table import open_table
 from headrace.errors import DataError, SchemaError, nearest
+from headrace.memory import format_bytes
 from headrace.schema import CONTRACT, SPLITS
 
 BATCH_ROWS = 65_536
-_CSV_BLOCK_BYTES = 4 << 20  # longest record that is read; about what a batch takes
+_CSV_BLOCK_BYTES = 1 << 20  # the longest record; Arrow reads ahead some thirty of these
 _CSV_ENDINGS = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".txt")
 _ARROW_ENDINGS = (".arrow", ".feather", ".ipc", ".arrows")
 _PARQUET_ENDINGS = (".parquet", ".pq")
@@ -306,6 +307,10 @@ def _named_faults(path: Path, form: str) -> Iterator[None]:
         yield
     except (pa.ArrowInvalid, pa.ArrowTypeError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
+        if "straddling" in reason:
+            reason = (
+                f"a record is longer than {format_bytes(_CSV_BLOCK_BYTES)}; is a quote missing?"
+            )
         raise DataError(f"{path} cannot be read as {form}: {reason}") from error
 
 
