@@ -15,7 +15,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from headrace.errors import ConfigError, DataError, nearest
 from headrace.project import find_project
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from headrace.data.table import Table
+    from headrace.models.package import Package
 
 _REDUCED = "data/reduce"
 
@@ -142,8 +143,8 @@ def predictions(path: Path | str, target: str) -> pd.DataFrame:
     )
 
 
-def model(path: Path | str = "data/publish") -> Any:
-    """Return the published model: encoder, members and weights in one, ready to predict raw rows.
+def model(path: Path | str = "data/publish") -> Package:
+    """Return the published model: encoder, members and weights in one; ``predict`` takes raw rows.
 
     Args:
         path: Folder of the model package.
