@@ -1,95 +1,152 @@
-"""What every benchmark shares: interleaved timing in CPU seconds, a table, JSON rows.
+"""Side-by-side measurement: interleaved variants, CPU beside wall seconds, medians with ranges.
 
-Variants run in turn, round by round, so that a slow phase of the machine hits all of them; the
-figure is the median over rounds of CPU seconds (user and system), which load moves far less than
-wall seconds.
+On a shared machine wall time moves by several times, CPU time (user and system, children included)
+by a few per cent. Slow drifts remain, so variants take turns and a ratio is that of two runs of one
+turn: its median and range are over turns.
+
+Use: ``args = arguments(__doc__)``; ``timings = measure({...}, repeats)``; rows from
+``ratio_row(...)`` or ``Row(...)``; ``sys.exit(report(rows, args))``.
 """
 
 import argparse
+import gc
 import json
+import resource
 import statistics
-import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One measured figure beside what it must reach and what it aims at."""
-
-    figure: str
-    value: float
-    unit: str
-    must: float | None
-    goal: float | None
-    higher_is_better: bool
-    reference: str  # what it was measured against
-
-    @property
-    def verdict(self) -> str:
-        """``ok`` if the must is met (``goal`` if the goal is too), ``MISSED`` if not."""
-        sign = 1 if self.higher_is_better else -1
-        if self.must is not None and sign * self.value < sign * self.must:
-            return "MISSED"
-        if self.goal is not None and sign * self.value >= sign * self.goal:
-            return "goal"
-        return "ok"
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
 class Timing:
-    """CPU and wall seconds of one variant, one entry per round."""
+    """Seconds of one variant, one figure per turn, and what its last run returned."""
 
+    name: str
     cpu_s: tuple[float, ...]
     wall_s: tuple[float, ...]
-
-    @property
-    def median_cpu_s(self) -> float:
-        """Median CPU seconds."""
-        return statistics.median(self.cpu_s)
+    result: Any
 
     def __str__(self) -> str:
-        """Median and range of CPU seconds, median of wall seconds."""
-        low, high = min(self.cpu_s), max(self.cpu_s)
-        wall = statistics.median(self.wall_s)
-        return f"{self.median_cpu_s:9.4f} ({low:.4f}–{high:.4f})  {wall:9.4f}"
+        return f"{self.name:44} cpu {_spread(self.cpu_s)} s   wall {_spread(self.wall_s)} s"
 
 
-def interleave(variants: Mapping[str, Callable[[], object]], *, rounds: int) -> dict[str, Timing]:
-    """Run every variant once unmeasured, then ``rounds`` times in turn."""
-    for run in variants.values():
-        run()
-    cpu_s: dict[str, list[float]] = {name: [] for name in variants}
-    wall_s: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(rounds):
+@dataclass(frozen=True)
+class Row:
+    """One figure of a benchmark; ``must`` is required, ``goal`` hoped for, None is no limit."""
+
+    figure: str
+    value: float
+    unit: str
+    must: float | None = None
+    goal: float | None = None
+    higher_is_better: bool = True
+    reference: str = ""  # what it is compared with, or the range over turns
+
+    def is_reached(self, limit: float | None) -> bool | None:
+        """Whether the value is as good as ``limit``; None without one."""
+        if limit is None:
+            return None
+        return self.value >= limit if self.higher_is_better else self.value <= limit
+
+
+def arguments(description: str | None) -> Namespace:
+    """Parse ``[--quick] [--json FILE]``."""
+    parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="small sizes, few turns")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    return parser.parse_args()
+
+
+def measure(variants: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Timing]:
+    """Run each variant once to warm up, then ``repeats`` turns of all of them; print each."""
+    cpu: dict[str, list[float]] = {name: [] for name in variants}
+    wall: dict[str, list[float]] = {name: [] for name in variants}
+    results: dict[str, Any] = {}
+    for turn in range(repeats + 1):
         for name, run in variants.items():
-            cpu, wall = time.process_time(), time.perf_counter()
-            run()
-            cpu_s[name].append(time.process_time() - cpu)
-            wall_s[name].append(time.perf_counter() - wall)
-    return {name: Timing(tuple(cpu_s[name]), tuple(wall_s[name])) for name in variants}
+            results.pop(name, None)  # no variant runs while an earlier result of its own is held
+            gc.collect()
+            start_cpu, start = _cpu_seconds(), time.perf_counter()
+            results[name] = run()
+            if turn:
+                wall[name].append(time.perf_counter() - start)
+                cpu[name].append(_cpu_seconds() - start_cpu)
+    timings = {
+        name: Timing(name, tuple(cpu[name]), tuple(wall[name]), results[name]) for name in variants
+    }
+    for timing in timings.values():
+        print(timing)
+    return timings
 
 
-def print_timings(title: str, timings: Mapping[str, Timing]) -> None:
-    """Print a line per variant: CPU seconds (median and range) and wall seconds."""
-    print(f"\n{title}\n{'variant':42} {'CPU s (range)':>27}  {'wall s':>9}")
-    for name, timing in timings.items():
-        print(f"{name:42} {timing!s:>38}")
+def ratio_row(
+    figure: str,
+    slow: Timing,
+    fast: Timing,
+    *,
+    clock: Literal["cpu", "wall"] = "cpu",
+    must: float | None = None,
+    goal: float | None = None,
+    higher_is_better: bool = True,
+) -> Row:
+    """How many times as many seconds ``slow`` takes as ``fast``: the median over turns."""
+    ours, theirs = (t.cpu_s if clock == "cpu" else t.wall_s for t in (fast, slow))
+    ratios = [a / b for a, b in zip(theirs, ours, strict=True)]
+    reference = f"{slow.name} / {fast.name}, {clock}; {min(ratios):.2f}-{max(ratios):.2f}"
+    return Row(figure, statistics.median(ratios), "x", must, goal, higher_is_better, reference)
 
 
-def run_benchmark(measure: Callable[[bool], Sequence[Figure]]) -> None:
-    """Parse ``[--quick] [--json FILE]``, measure, print the figures; exit 1 if a must is missed."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true", help="smaller sizes, fewer rounds")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    options = parser.parse_args()
-    figures = measure(options.quick)
-    print(f"\n{'figure':52} {'value':>10} {'must':>8} {'goal':>8}  verdict")
-    for one in figures:
-        limits = " ".join(f"{'' if x is None else f'{x:g}':>8}" for x in (one.must, one.goal))
-        print(f"{one.figure:52} {one.value:>8.4g} {one.unit:1} {limits}  {one.verdict}")
-    if options.json:
-        options.json.write_text(json.dumps([asdict(one) for one in figures], indent=2) + "\n")
-    sys.exit(any(one.verdict == "MISSED" for one in figures))
+def report(rows: Sequence[Row], args: Namespace) -> int:
+    """Print the rows, write them where ``--json`` says; return 1 if a must is missed, else 0.
+
+    Sizes of ``--quick`` are too small to judge by: there a must is shown and does not fail.
+    """
+    lines = [("figure", "value", "unit", "must", "goal", "", "reference")]
+    lines += [
+        (
+            row.figure,
+            f"{row.value:.4g}",
+            row.unit,
+            _limit(row, row.must),
+            _limit(row, row.goal),
+            _verdict(row),
+            row.reference,
+        )
+        for row in rows
+    ]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    print()
+    for line in lines:
+        cells = [text.ljust(width) for text, width in zip(line, widths, strict=True)]
+        print("  ".join(cells).rstrip())
+    if args.json:
+        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+    is_missed = any(row.is_reached(row.must) is False for row in rows)
+    return int(is_missed and not args.quick)
+
+
+def _cpu_seconds() -> float:
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
+def _spread(seconds: Sequence[float]) -> str:
+    return f"{statistics.median(seconds):8.4f} ({min(seconds):.4f}-{max(seconds):.4f})"
+
+
+def _limit(row: Row, limit: float | None) -> str:
+    if limit is None:
+        return ""
+    return f"{'>=' if row.higher_is_better else '<='} {limit:.4g}"
+
+
+def _verdict(row: Row) -> str:
+    if row.is_reached(row.must) is False:
+        return "MUST MISSED"
+    if row.is_reached(row.goal) is False:
+        return "goal missed"
+    return "" if row.must is None and row.goal is None else "ok"
