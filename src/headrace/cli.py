@@ -3,16 +3,18 @@
 Heavy packages load inside the commands, so that ``headrace --help`` answers at once.
 """
 
-import errno
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from headrace import __version__
-from headrace.errors import HeadraceError, ResourceError
+from headrace.errors import explain
+
+if TYPE_CHECKING:
+    from headrace.project import Project
 
 app = typer.Typer(
     name="headrace",
@@ -20,43 +22,30 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_is_debug = False
+_INTERRUPTED = 130  # what typer makes of Ctrl-C
 
 
 def main() -> None:
     """Run the command line; every error ends in one line on stderr and an exit code."""
     try:
         app()
-    except (HeadraceError, OSError, KeyboardInterrupt) as error:
-        if _is_debug:
-            raise
-        message, code = _explain(error)
-        typer.echo(f"headrace: {message}", err=True)
-        sys.exit(code)
-    except Exception as error:
-        if _is_debug:
-            raise
-        typer.echo(
-            f"headrace: unexpected {type(error).__name__}: {error}; "
-            f"run again with `headrace --debug …` for the traceback",
-            err=True,
-        )
-        sys.exit(1)
+    except SystemExit as ended:
+        if ended.code == _INTERRUPTED:
+            _end(KeyboardInterrupt())
+        raise
+    except Exception as error:  # noqa: BLE001 - the one place where every error becomes a message
+        _end(error)
 
 
-def _explain(error: BaseException) -> tuple[str, int]:
-    if isinstance(error, HeadraceError):
-        return str(error), error.exit_code
-    if isinstance(error, KeyboardInterrupt):
-        return "stopped; run again to resume", 75
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        where = error.filename or "the disk"
-        return f"no space left while writing {where}; free space and run again", (
-            ResourceError.exit_code
-        )
-    return f"{error}", 1
+def _end(error: BaseException) -> None:
+    if os.environ.get("HEADRACE_DEBUG") == "1":
+        raise error
+    message, code = explain(error)
+    sys.stderr.write(f"headrace: {message}\n")
+    sys.exit(code)
 
 
 def _version(is_wanted: bool) -> None:
@@ -75,9 +64,13 @@ def _options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    global _is_debug
-    _is_debug = debug or os.environ.get("HEADRACE_DEBUG") == "1"
+    if debug:
+        os.environ["HEADRACE_DEBUG"] = "1"  # the stages of a run hear it too
     if folder is not None:
+        from headrace.errors import ConfigError
+
+        if not folder.is_dir():
+            raise ConfigError(f"--project {folder} is not a folder")
         os.chdir(folder)
 
 
@@ -89,7 +82,8 @@ def stage(name: Annotated[str, typer.Argument(help="Stage, such as extract or tr
     typer.echo(str(run_stage(_project(), name)))
 
 
-def _project():  # type: ignore[no-untyped-def]
+def _project() -> "Project":
+    """The project around the current folder, which becomes the current folder."""
     from headrace.project import find_project
 
     project = find_project(Path.cwd())

@@ -5,6 +5,7 @@ as one line and exits with ``exit_code``; the traceback appears only with ``--de
 """
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -64,3 +65,27 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``"; nearest name: X"`` for the closest known name, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; nearest name: {close[0]}" if close else ""
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """Return the one-line message and the exit code for any error that ends a command."""
+    if isinstance(error, HeadraceError):
+        return " ".join(str(error).split()), error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped; run again to go on from here", Stopped.exit_code
+    if isinstance(error, MemoryError):
+        return (
+            "memory ran out; lower `resources.memory_budget` below what this machine has free",
+            ResourceError.exit_code,
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        where = error.filename or "the disk"
+        return (
+            f"no space left while writing {where}; free some and run again: finished work stays",
+            ResourceError.exit_code,
+        )
+    return (
+        f"unexpected {type(error).__name__}: {' '.join(str(error).split())}; "
+        f"`headrace --debug …` shows the traceback",
+        HeadraceError.exit_code,
+    )

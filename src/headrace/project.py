@@ -38,6 +38,11 @@ class Project:
         return self.state / "tmp"
 
     @property
+    def logs(self) -> Path:
+        """Folder of what supervised commands print, one subfolder per run."""
+        return self.state / "logs"
+
+    @property
     def cache(self) -> Path:
         """Folder of the pickle cache."""
         return self.state / "cache"

@@ -19,7 +19,14 @@ from headrace.commands.failure import clear_failure, write_failure
 from headrace.commands.scaffold import locked_digest
 from headrace.commands.settings import Settings, read_settings
 from headrace.commands.supervise import die_with_parent
-from headrace.errors import ConfigError, HeadraceError, ResourceError, Stopped, nearest
+from headrace.errors import (
+    ConfigError,
+    HeadraceError,
+    ResourceError,
+    Stopped,
+    explain,
+    nearest,
+)
 from headrace.lineage import code_digest, stage_modules
 from headrace.memory import MemoryWatch, format_bytes, held_bytes
 from headrace.params import Resources, Section, read_yaml
@@ -39,10 +46,19 @@ def run_stage(project: Project, stage: str) -> Any:
         HeadraceError: whatever the stage refuses; ``Stopped`` on SIGINT or SIGTERM.
     """
     die_with_parent()
+    clear_failure(project, stage)
+    try:
+        return _run(project, stage)
+    except BaseException as error:
+        message, exit_code = explain(error)
+        write_failure(project, stage, exit_code, message)
+        raise
+
+
+def _run(project: Project, stage: str) -> Any:
     settings = read_settings(project)
     _require_known(stage, settings)
     require_locked_code(project, stage)
-    clear_failure(project, stage)
     section = settings.section(stage)
     budget = settings.resources.memory_budget
     family = int(os.environ.get("HEADRACE_RUN_PID", os.getpid()))
