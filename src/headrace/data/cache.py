@@ -2,10 +2,10 @@
 
 A pickle is the fastest way back to a pandas frame, and the least safe: it follows the versions of
 the libraries, a flipped bit comes back as other data, and it runs code when loaded. So an entry is
-named after all it depends on (the table's digest, split, columns, and the versions of Python,
-pandas, numpy, pyarrow and headrace), its digest is checked before anything of it is unpickled, and
-the unpickler knows only the classes a frame is made of. Whatever does not match is dropped and the
-frame is built again, with one warning; deleting the folder is always safe.
+named after all it depends on (the table's digest, split and columns; Python, pandas, numpy and
+pyarrow by version, headrace by its code), its digest is checked before anything of it is unpickled,
+and the unpickler knows only the classes a frame is made of. Whatever does not match is dropped and
+the frame is built again, with one warning; deleting the folder is always safe.
 
 Layout of an entry, one file that gets its name when whole: the SHA-256 of all that follows, in
 hex; a line of JSON with the lengths; the pickle; the frame's arrays, as they lie in memory. The
@@ -35,6 +35,7 @@ import headrace
 from headrace.data.frames import read_frame
 from headrace.data.table import Table
 from headrace.errors import IntegrityError
+from headrace.lineage import code_digest
 from headrace.memory import format_bytes
 from headrace.record import Recorder
 from headrace.storage import canonical_json, digest_bytes, new_file, sweep
@@ -148,7 +149,7 @@ def _versions() -> dict[str, str]:
         "pandas": pd.__version__,
         "numpy": np.__version__,
         "pyarrow": pa.__version__,
-        "headrace": headrace.__version__,
+        "headrace": f"{headrace.__version__} {code_digest(__name__)}",
     }
 
 
