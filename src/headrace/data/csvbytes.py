@@ -10,6 +10,7 @@ import codecs
 import csv
 import gzip
 import io
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,18 +125,19 @@ def _blocks(file: File, dialect: Dialect) -> Iterator[bytes]:
     """Yield the content of a file as UTF-8 bytes, without NUL, without a byte order mark."""
     decoder = codecs.getincrementaldecoder(dialect.encoding)()
     line, is_first = 1, True
-    for raw in raw_blocks(file.path):
+    for raw in itertools.chain(raw_blocks(file.path), [b""]):
         block = raw
         if is_first and dialect.encoding != "utf-16" and raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
             raise DataError(f"{file.name} is UTF-16 text; set `encoding: utf-16` for its source")
         try:
-            text = decoder.decode(raw)
+            text = decoder.decode(raw, final=not raw)
         except UnicodeDecodeError as error:
-            at = line + raw[: error.start].count(b"\n")
-            found = raw[error.start : error.start + 1].hex()
+            before, odd = error.object[: error.start], error.object[error.start : error.start + 1]
+            at = line + before.count(b"\n")
             raise DataError(
-                f"{file.name}:{at}: the byte 0x{found} is not {dialect.encoding} text; if the "
-                f"file is Latin-1, set `encoding: latin-1` for its source"
+                f"{file.name}:{at}: the byte 0x{odd.hex()} is not "
+                f"{dialect.encoding} text; if the file is Latin-1, set `encoding: latin-1` for its "
+                f"source"
             ) from error
         if dialect.encoding != "utf-8":
             block = text.encode()
@@ -149,7 +151,8 @@ def _blocks(file: File, dialect: Dialect) -> Iterator[bytes]:
             )
         line += block.count(b"\n")
         is_first = False
-        yield block
+        if block:
+            yield block
 
 
 def raw_blocks(path: Path) -> Iterator[bytes]:

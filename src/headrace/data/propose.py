@@ -29,10 +29,10 @@ def propose_dialect(path: Path) -> Dialect:
         raise DataError(f"{path.name} is empty; give a file with a header line and rows")
     counts = {mark: _even_count(lines, mark) for mark in DELIMITERS}
     delimiter = max(counts, key=lambda mark: counts[mark])
-    rows = list(csv.reader(lines[:-1] or lines, delimiter=delimiter))
+    rows = list(csv.reader(lines, delimiter=delimiter))
     is_headless = any(is_number(value) for value in rows[0])
     names = tuple(f"column_{i + 1}" for i in range(len(rows[0]))) if is_headless else ()
-    has_blanks = any(value != value.strip() for row in rows[1:] for value in row)
+    has_blanks = any(value != value.strip() for row in rows[not is_headless :] for value in row)
     nulls = _guess_nulls(path, encoding, delimiter)
     return Dialect(
         delimiter=delimiter if counts[delimiter] else ",",
