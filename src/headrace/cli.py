@@ -14,6 +14,8 @@ from headrace import __version__
 from headrace.errors import explain
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from headrace.project import Project
 
 app = typer.Typer(
@@ -75,11 +77,144 @@ def _options(
 
 
 @app.command()
+def run(
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Forecast time, memory and disk; run nothing.")
+    ] = False,
+    sample: Annotated[
+        float | None,
+        typer.Option(
+            "--sample", help="Quick look at this share of the rows, in a workspace of its own."
+        ),
+    ] = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Wait for another run in this folder, not refuse.")
+    ] = False,
+) -> None:
+    """Bring the project up to date with the Prefect flow and show the comparison."""
+    project = _project()
+    if sample is not None:
+        from headrace.commands.sample import sample as make_sample
+
+        sampled = make_sample(project, sample)
+        typer.echo(str(sampled))
+        project = sampled.project
+        os.chdir(project.root)
+    if dry_run:
+        from headrace.commands.forecast import forecast
+
+        typer.echo(str(forecast(project)))
+        return
+    from headrace.commands.run import run_pipeline
+
+    run_pipeline(project, wait=wait, console=_console())
+
+
+@app.command()
+def repro(
+    stages: Annotated[list[str] | None, typer.Argument(help="Stages; default: all.")] = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Wait for another run in this folder, not refuse.")
+    ] = False,
+) -> None:
+    """Bring the project up to date with DVC alone (works without an activated environment)."""
+    from headrace.commands.repro import repro as reproduce
+
+    reproduce(_project(), stages or [], wait=wait, console=_console())
+
+
+@app.command()
+def why(
+    stages: Annotated[list[str] | None, typer.Argument(help="Stages; default: all.")] = None,
+) -> None:
+    """Say which input, parameter or code makes each stage run again."""
+    from headrace.commands.why import sentences
+    from headrace.commands.why import why as find_reasons
+
+    for sentence in sentences(find_reasons(_project(), tuple(stages or ()))):
+        typer.echo(sentence)
+
+
+@app.command()
+def status() -> None:
+    """Show the stages, their state and disk use, and the last run."""
+    from headrace.commands.status import print_status
+    from headrace.commands.status import status as look
+
+    print_status(look(_project()), _console())
+
+
+@app.command()
+def init(
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(help="Files, patterns or databases; NAME=PATH names one for the recipe."),
+    ] = None,
+    target: Annotated[
+        list[str] | None, typer.Option("--target", "-t", help="Column to predict; repeatable.")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="File with one SELECT over the sources.")
+    ] = None,
+    key: Annotated[
+        list[str] | None, typer.Option("--key", help="Column that identifies a row; repeatable.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
+) -> None:
+    """Make this folder a project: look at the data, write params.yaml for review, and the rest."""
+    from headrace.commands.init import init as initialise
+
+    made = initialise(
+        Path.cwd(),
+        sources=sources or (),
+        targets=target or (),
+        recipe=recipe,
+        key=key or (),
+        force=force,
+        tell=lambda text: typer.echo(text, err=True),
+    )
+    typer.echo(str(made))
+
+
+@app.command()
+def upgrade() -> None:
+    """Accept the installed code: refresh dvc.yaml and headrace.lock."""
+    from headrace.commands.upgrade import upgrade as refresh
+
+    typer.echo(str(refresh(_project())))
+
+
+@app.command()
+def predict(
+    source: Annotated[Path, typer.Argument(help="New rows: .csv, .tsv or .parquet.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Predictions: .csv or .parquet.")],
+    model: Annotated[
+        Path | None, typer.Option("--model", help="Package; default: data/publish of the project.")
+    ] = None,
+    delimiter: Annotated[
+        str | None, typer.Option("--delimiter", help="Of a CSV; default: comma, tab in .tsv.")
+    ] = None,
+) -> None:
+    """Score new rows with the published package; row order and count are kept."""
+    from headrace.commands.predict import predict_file
+
+    source, out = source.resolve(), out.resolve()
+    package = model.resolve() if model else _project().data("publish")
+    typer.echo(str(predict_file(source, out, model=package, delimiter=delimiter)))
+
+
+@app.command()
 def stage(name: Annotated[str, typer.Argument(help="Stage, such as extract or train@nn.")]) -> None:
     """Run one stage in this process, whether or not it is up to date (what DVC calls)."""
     from headrace.commands.stage import run_stage
 
     typer.echo(str(run_stage(_project(), name)))
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    return Console()
 
 
 def _project() -> "Project":
