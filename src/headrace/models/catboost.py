@@ -2,9 +2,12 @@
 
 Categories stay categories: their canonical text, ``__NA__`` where missing (CatBoost refuses a
 missing category). Numbers are float32, NaN where missing. Which rows a model learns from and which
-it stops on comes from the folds; the library's defaults were as good as any setting tried on the
-example and on Adult, and simpler statistics of categories (``max_ctr_complexity: 1``) are the one
-that halves the time for a small loss.
+it stops on comes from the folds.
+
+Settings are the library's but for one: it combines up to four categories in one statistic, and
+``max_ctr_complexity`` is 1. On the example (245k rows, both targets) that is 70 instead of 190 CPU
+seconds and half the memory, AUC on test .691 instead of .698, on valid .676 both, RMSE 40.16
+instead of 40.02, where a 95 % interval by days is .035 wide; on Adult AUC .9272 instead of .9276.
 
 CatBoost holds its whole pool in memory. The bytes are predicted before anything is read; where
 they exceed ``pool_budget`` the model learns from a declared sample of rows, chosen by a hash of
@@ -58,6 +61,7 @@ _GPU_DRIVER = Path("/proc/driver/nvidia/version")
 # Peak bytes a row needs, measured on the example (24 numbers, 9 categories, 200k rows): frame,
 # raw and quantised pool, and the running statistics of categories, which are most of it.
 _BYTES_PER_ROW, _BYTES_PER_NUMBER, _BYTES_PER_CATEGORY = 100, 16, 150
+_BYTES_PER_COMBINED_CATEGORY = 350  # where statistics of several categories together are kept
 _CURVE_POINTS = 200  # of a learning curve that are recorded, at most
 _LOSS = {"regression": "RMSE", "binary": "Logloss", "multiclass": "MultiClass"}
 
@@ -73,7 +77,7 @@ class CatboostParams(Section):
     depth: Annotated[int, Field(ge=1, le=16)] = 6
     l2_leaf_reg: Annotated[float, Field(ge=0)] = 3.0
     border_count: Annotated[int, Field(ge=1, le=65_535)] = 254  # splits tried per number
-    max_ctr_complexity: Annotated[int, Field(ge=1, le=15)] | None = None  # categories combined
+    max_ctr_complexity: Annotated[int, Field(ge=1, le=15)] = 1  # categories combined at most
     pool_budget: Bytes = 1 << 30  # predicted bytes beyond which a sample of the rows is learnt from
     checkpoint_minutes: Annotated[float, Field(gt=0)] = 2.0
 
@@ -130,7 +134,7 @@ class CatboostModel:
         from catboost import Pool
 
         if not isinstance(rows, pa.Table):
-            raise TypeError("trees read rows of the reduced table, not encoded ones")
+            raise SchemaError("trees read rows of the reduced table, not encoded ones")
         config = self._config
         if rows.num_rows == 0:  # a pool cannot be empty
             return {target.name: _no_values(target) for target in config.targets}
@@ -166,10 +170,8 @@ def fit(
     """
     contract = views.contract
     table = open_table(views.table)
-    num_rows = rows_to_learn_from(
-        table.num_rows("train"), contract, params.pool_budget, recorder=recorder
-    )
-    _refuse_small_memory(num_rows, contract, resources)
+    num_rows = rows_to_learn_from(table.num_rows("train"), contract, params, recorder)
+    _refuse_small_memory(num_rows, contract, params, resources)
     rows = _read_rows(table, views, params, num_rows, recorder)
     task_type = "GPU" if _is_gpu_used(resources.device) else "CPU"
     recorder.params(
@@ -217,26 +219,28 @@ def load(folder: Path, description: Mapping[str, Any]) -> CatboostModel:
     return CatboostModel(config, trees, description.get("summary", {}))
 
 
-def predicted_bytes(num_rows: int, contract: Contract) -> int:
+def predicted_bytes(num_rows: int, contract: Contract, *, max_ctr_complexity: int) -> int:
     """Return the bytes CatBoost will hold at its peak for so many rows, rather high than low."""
+    is_combined = max_ctr_complexity > 1
+    per_category = _BYTES_PER_COMBINED_CATEGORY if is_combined else _BYTES_PER_CATEGORY
     per_row = _BYTES_PER_ROW
     per_row += _BYTES_PER_NUMBER * len(contract.named("numeric"))
-    per_row += _BYTES_PER_CATEGORY * len(contract.named("category"))
+    per_row += per_category * len(contract.named("category"))
     return num_rows * per_row
 
 
 def rows_to_learn_from(
-    num_rows: int, contract: Contract, pool_budget: int, *, recorder: Recorder
+    num_rows: int, contract: Contract, params: CatboostParams, recorder: Recorder
 ) -> int:
     """Return how many of ``num_rows`` fit ``pool_budget``; fewer than all is said and recorded."""
-    needed = predicted_bytes(num_rows, contract)
-    fitting = min(num_rows, int(num_rows * pool_budget / max(1, needed)))
+    needed = predicted_bytes(num_rows, contract, max_ctr_complexity=params.max_ctr_complexity)
+    fitting = min(num_rows, int(num_rows * params.pool_budget / max(1, needed)))
     recorder.params({"pool_bytes_predicted": needed, "sample_share": fitting / max(1, num_rows)})
     if fitting < num_rows:
         recorder.warn(
             f"catboost learns from a sample of about {fitting:,} of {num_rows:,} train rows: all "
             f"would need about {format_bytes(needed)}, and `train.catboost.pool_budget` is "
-            f"{format_bytes(pool_budget)}"
+            f"{format_bytes(params.pool_budget)}"
         )
     return fitting
 
@@ -509,8 +513,10 @@ def _is_gpu_used(device: str) -> bool:
     return is_present
 
 
-def _refuse_small_memory(num_rows: int, contract: Contract, resources: Resources) -> None:
-    needed = predicted_bytes(num_rows, contract)
+def _refuse_small_memory(
+    num_rows: int, contract: Contract, params: CatboostParams, resources: Resources
+) -> None:
+    needed = predicted_bytes(num_rows, contract, max_ctr_complexity=params.max_ctr_complexity)
     if needed > resources.memory_budget:
         raise ResourceError(
             f"catboost would need about {format_bytes(needed)} for {num_rows:,} train rows, and "

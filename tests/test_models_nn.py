@@ -1,0 +1,366 @@
+"""The network: masks, weights, unseen codes, resume, and the very same bytes twice."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from headrace.errors import ConfigError, DataError, DependencyError, IntegrityError, SchemaError
+from headrace.models.multihead import (
+    Inputs,
+    MultiHead,
+    TargetScale,
+    Trunk,
+    embedding_sizes,
+    row_losses,
+)
+from headrace.models.nn import NnParams, fit, load
+from headrace.params import Resources
+from headrace.record import MemoryRecorder
+from headrace.training.device import RandomStream
+from tests.train_case import (
+    CLASS,
+    CPU,
+    DELAY,
+    LATE,
+    encoded_rows,
+    example_columns,
+    make_case,
+    table_rows,
+    tree_bytes,
+)
+
+QUICK = {
+    "hidden_sizes": [16],
+    "batch_rows": 64,
+    "max_epochs": 3,
+    "warmup_steps": 0,
+    "learning_rate": 0.01,
+}
+UNIT = TargetScale(mean=0.0, std=1.0)
+
+
+class Halt(Exception):
+    pass
+
+
+class HaltingRecorder(MemoryRecorder):
+    def __init__(self, calls):
+        super().__init__()
+        self.calls_left = calls
+
+    def progress(self, done, total, *, unit, detail=""):
+        super().progress(done, total, unit=unit, detail=detail)
+        self.calls_left -= 1
+        if self.calls_left < 0:
+            raise Halt
+
+
+@pytest.fixture(scope="module")
+def views(tmp_path_factory):
+    return make_case(tmp_path_factory.mktemp("case"), weight=True)
+
+
+def fitted(views, folder, *, recorder=None, resources=CPU, **params):
+    recorder = recorder or MemoryRecorder()
+    model = fit(
+        views,
+        NnParams.model_validate({**QUICK, **params}),
+        checkpoints=folder / "checkpoints",
+        resources=resources,
+        recorder=recorder,
+    )
+    return model, recorder
+
+
+def saved(model, folder):
+    folder.mkdir()
+    model.save(folder)
+    return tree_bytes(folder)
+
+
+def test_all_three_tasks_are_learnt_by_one_network(views, tmp_path):
+    model, recorder = fitted(views, tmp_path, max_epochs=40, patience=40)
+    rows = encoded_rows(views, "test")
+    values = model.predict(rows)
+    delay, late, group = rows.targets.T.astype(np.float64)
+    known = ~np.isnan(delay)
+    error = np.sqrt(np.mean((values["delay"][known] - delay[known]) ** 2))
+    known_late = ~np.isnan(late)
+
+    assert error < 0.5 * np.nanstd(delay)
+    assert np.mean((values["late"] > 0.5)[known_late] == (late > 0.5)[known_late]) > 0.85
+    assert np.mean(values["class"].argmax(axis=1) == group) > 0.75
+    assert np.allclose(values["class"].sum(axis=1), 1, atol=1e-12)
+    assert {"inner_loss_delay", "inner_loss_late", "inner_loss_class", "train_loss"} <= {
+        name for name, _, _ in recorder.recorded_metrics
+    }
+    assert (
+        recorder.recorded_params["rows_learnt_from"]
+        == np.isin(encoded_rows(views, "train").fold, (0, 1, 2, 3)).sum()
+    )
+
+
+def test_two_fits_have_the_same_bytes_and_leave_the_global_generator(views, tmp_path):
+    before = torch.get_rng_state()
+    first = saved(fitted(views, tmp_path / "1")[0], tmp_path / "a")
+    second = saved(fitted(views, tmp_path / "2")[0], tmp_path / "b")
+    other = saved(fitted(views, tmp_path / "3", seed=1)[0], tmp_path / "c")
+
+    assert first == second
+    assert first["weights.safetensors"] != other["weights.safetensors"]
+    assert sorted(first) == ["network.json", "weights.safetensors"]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_saved_network_predicts_the_same(views, tmp_path):
+    model, _ = fitted(views, tmp_path, batch_norm=True)
+    saved(model, tmp_path / "model")
+    back = load(tmp_path / "model", {"summary": {"best_epoch": 1}})
+    rows = encoded_rows(views, "test")
+    for name, values in model.predict(rows).items():
+        assert np.array_equal(values, back.predict(rows)[name])
+    assert back.summary == {"best_epoch": 1}
+
+
+def test_the_predictions_of_a_row_do_not_depend_on_its_neighbours(views, tmp_path):
+    model, _ = fitted(views, tmp_path, batch_norm=True)
+    rows = encoded_rows(views, "test")
+    whole = model.predict(rows)
+    for row in (0, 77):
+        alone = model.predict(rows.where(np.array([row])))
+        for name, values in whole.items():
+            assert alone[name] == pytest.approx(values[[row]], abs=1e-5)
+
+
+def test_no_rows_give_no_predictions(views, tmp_path):
+    values = fitted(views, tmp_path)[0].predict(encoded_rows(views, "test").where(np.arange(0)))
+
+    assert {name: v.shape for name, v in values.items()} == {
+        "delay": (0,), "late": (0,), "class": (0, 3),
+    }  # fmt: skip
+
+
+def test_missing_numbers_and_unknown_codes_are_predicted_and_bounded(views, tmp_path):
+    model, _ = fitted(views, tmp_path)
+    rows = encoded_rows(views, "test")
+    changed = replace(
+        rows,
+        numeric=np.full_like(rows.numeric, np.nan),
+        codes=np.zeros_like(rows.codes),
+    )
+    extreme = replace(rows, numeric=np.full_like(rows.numeric, 1e30))
+
+    assert all(np.isfinite(values).all() for values in model.predict(changed).values())
+    assert np.abs(model.predict(extreme)["delay"]).max() < 1e4
+
+
+@pytest.mark.parametrize("halt_after", [1, 5, 8, 9, 17])
+def test_a_halted_fit_resumes_to_the_very_same_bytes(views, tmp_path, halt_after):
+    params = {"dropout": 0.3, "checkpoint_minutes": 0.0, "seed": 4}
+    whole = saved(fitted(views, tmp_path / "whole", **params)[0], tmp_path / "a")
+    with pytest.raises(Halt):
+        fitted(views, tmp_path / "halted", recorder=HaltingRecorder(halt_after), **params)
+    model, recorder = fitted(views, tmp_path / "halted", **params)
+
+    assert saved(model, tmp_path / "b") == whole
+    assert recorder.notes[0].startswith("Resumed in epoch")
+
+
+def test_a_checkpoint_of_other_parameters_is_not_used(views, tmp_path):
+    fitted(views, tmp_path, seed=1)
+    model, recorder = fitted(views, tmp_path, seed=2)
+    fresh, _ = fitted(views, tmp_path / "fresh", seed=2)
+
+    assert "is of another model or other parameters" in recorder.warnings[0]
+    assert saved(model, tmp_path / "a") == saved(fresh, tmp_path / "b")
+
+
+def test_labels_of_other_splits_change_nothing(tmp_path):
+    """Early stopping and the best weights look at train rows only."""
+    files = []
+    for name, seed in (("a", 1), ("b", 50)):
+        other = example_columns(150, seed=seed)
+        change = {"valid": {t: other[t] for t in ("delay", "late", "class")}}
+        views = make_case(tmp_path / name, change=change)
+        files.append(saved(fitted(views, tmp_path / name)[0], tmp_path / name / "model"))
+
+    assert files[0] == files[1]
+
+
+def test_a_missing_label_is_masked_in_its_head_alone(tmp_path):
+    """A network of two heads learns the one target as if the other's labels were of no effect."""
+    num_rows = 300
+    columns = example_columns(num_rows, targets=(DELAY, LATE))
+    few = pa.array([v if i < 20 else None for i, v in enumerate(columns["late"].to_pylist())])
+    views = make_case(
+        tmp_path, num_train=num_rows, targets=(DELAY, LATE), change={"train": {"late": few}}
+    )
+    model, _ = fitted(views, tmp_path, max_epochs=30, patience=30)
+    rows = encoded_rows(views, "test")
+    known = ~np.isnan(rows.targets[:, 0])
+    y, found = rows.targets[known, 0], model.predict(rows)["delay"][known]
+
+    assert np.sqrt(np.mean((found - y) ** 2)) < 0.6 * np.std(y)
+
+
+def test_a_row_of_weight_zero_teaches_nothing(tmp_path):
+    """Spoiling the labels of rows with weight 0 changes no byte of the model."""
+    files = []
+    for name, spoilt in (("a", 0.0), ("b", 1e4)):
+        columns = example_columns(600, weight=True, targets=(DELAY,))
+        weight = np.where(np.arange(600) % 3 == 0, 0.0, 1.0)
+        delay = columns["delay"].to_numpy(zero_copy_only=False).copy()
+        delay[weight == 0] = delay[weight == 0] + spoilt
+        change = {"importance": pa.array(weight), "delay": pa.array(delay, from_pandas=True)}
+        views = make_case(tmp_path / name, targets=(DELAY,), weight=True, change={"train": change})
+        files.append(saved(fitted(views, tmp_path / name)[0], tmp_path / name / "model"))
+
+    assert files[0]["weights.safetensors"] == files[1]["weights.safetensors"]
+
+
+def test_target_weights_and_stop_on_have_an_effect(views, tmp_path):
+    plain = saved(fitted(views, tmp_path / "1")[0], tmp_path / "a")
+    heavy = saved(fitted(views, tmp_path / "2", target_weights={"late": 9.0})[0], tmp_path / "b")
+    model, recorder = fitted(views, tmp_path / "3", stop_on="late")
+    curve = [value for name, value, _ in recorder.recorded_metrics if name == "inner_loss_late"]
+
+    assert plain["weights.safetensors"] != heavy["weights.safetensors"]
+    assert model.summary["inner_loss"] == min(curve)
+
+
+@pytest.mark.parametrize(
+    ("params", "told"),
+    [
+        ({"stop_on": "lat"}, "`train.nn.stop_on` is 'lat'.*nearest name: late"),
+        ({"target_weights": {"dela": 1.0}}, "target_weights` names 'dela'.*nearest name: delay"),
+    ],
+)
+def test_settings_that_name_no_target_are_refused(views, tmp_path, params, told):
+    with pytest.raises(ConfigError, match=told):
+        fitted(views, tmp_path, **params)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_refused(views, tmp_path):
+    with pytest.raises(DependencyError, match="'cuda'"):
+        fitted(views, tmp_path, resources=Resources(device="cuda"))
+
+
+def test_diverging_training_names_rows(views, tmp_path):
+    with pytest.raises(DataError, match=r"training loss is .*first row ids: \["):
+        fitted(views, tmp_path, learning_rate=1e30, max_epochs=9)
+
+
+def test_rows_that_are_not_of_its_encoder_are_refused(views, tmp_path):
+    model, _ = fitted(views, tmp_path)
+    rows = encoded_rows(views, "test")
+    with pytest.raises(SchemaError, match="reads encoded rows"):
+        model.predict(table_rows(views, "test"))
+    with pytest.raises(SchemaError, match="trained on 2 and 2"):
+        model.predict(replace(rows, numeric=rows.numeric[:, :1]))
+    with pytest.raises(SchemaError, match="codes that the network has not"):
+        model.predict(replace(rows, codes=rows.codes + 100))
+
+
+@pytest.mark.parametrize("damage", ["weights.safetensors", "network.json"])
+def test_half_a_network_is_refused(views, tmp_path, damage):
+    saved(fitted(views, tmp_path)[0], tmp_path / "model")
+    (tmp_path / "model" / damage).write_text("{}")
+    with pytest.raises(IntegrityError, match="does not hold a whole network"):
+        load(tmp_path / "model", {})
+    (tmp_path / "model" / damage).unlink()
+    with pytest.raises(IntegrityError):
+        load(tmp_path / "model", {})
+
+
+def network(outputs=(1, 1, 3)):
+    inputs = Inputs(
+        numeric=("a", "b"),
+        has_missing=(1,),
+        categories=("c",),
+        cardinalities=(5,),
+        embedding_sizes=(3,),
+    )
+    trunk = Trunk(hidden_sizes=(8, 4), activation="relu", dropout=0.0, batch_norm=False)
+    with RandomStream(0, device=torch.device("cpu")).lent():
+        return MultiHead(inputs, trunk, outputs)
+
+
+def test_the_number_of_parameters_by_hand():
+    expected = 5 * 3 + (2 + 1 + 3 + 1) * 8 + (8 + 1) * 4 + (4 + 1) * (1 + 1 + 3)
+
+    assert sum(p.numel() for p in network().parameters()) == expected
+
+
+def test_a_new_network_knows_nothing():
+    """Small heads: the first loss is near ln 2 and ln C, and near the spread of a regression."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 2, generator=generator)
+    codes = torch.randint(0, 5, (400, 1), generator=generator, dtype=torch.int32)
+    z = [head.detach() for head in network()(x, codes)]
+    y = torch.randn(400, generator=generator)
+
+    assert float(row_losses(z[0], y, DELAY, UNIT).mean()) == pytest.approx(float(y.var()), rel=0.1)
+    assert float(row_losses(z[1], (y > 0).float(), LATE, UNIT).mean()) == pytest.approx(
+        math.log(2), rel=0.1
+    )
+    assert float(row_losses(z[2], (codes[:, 0] % 3).float(), CLASS, UNIT).mean()) == pytest.approx(
+        math.log(3), rel=0.1
+    )
+
+
+def test_saturated_logits_keep_a_finite_loss_and_their_slope():
+    for task, shape in ((LATE, (1, 1)), (CLASS, (1, 3))):
+        z = torch.full(shape, 0.0)
+        z[0, 0] = 1e4
+        z.requires_grad_()
+        wrong = torch.tensor([0.0 if task is LATE else 1.0])
+        loss = row_losses(z, wrong, task, UNIT)
+        loss.sum().backward()
+        assert float(loss.detach()) == pytest.approx(1e4)
+        assert float(z.grad[0, 0]) == pytest.approx(1.0)
+
+
+def test_a_batch_of_one_keeps_its_axis_and_unequal_shapes_raise():
+    one = torch.zeros(1, 1)
+
+    assert row_losses(one, torch.zeros(1), DELAY, UNIT).shape == (1,)
+    with pytest.raises(ValueError, match="losses of shape"):
+        row_losses(torch.zeros(4, 1), torch.zeros(4, 1), DELAY, UNIT)
+
+
+def test_gradients_agree_with_finite_differences():
+    net = network().double()
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(6, 2, generator=generator, dtype=torch.float64)
+    x[0, 1] = math.nan
+    codes = torch.randint(0, 5, (6, 1), generator=generator)
+    y = torch.randn(6, generator=generator, dtype=torch.float64)
+
+    def total():
+        z = net(x, codes)
+        return (
+            row_losses(z[0], y, DELAY, UNIT).sum()
+            + row_losses(z[1], (y > 0).double(), LATE, UNIT).sum()
+        )
+
+    total().backward()
+    weight = net.trunk[0].weight
+    with torch.no_grad():
+        for place in [(0, 0), (3, 5), (7, 2)]:
+            at, step = float(weight[place]), 1e-6
+            weight[place] = at + step
+            up = float(total())
+            weight[place] = at - step
+            down = float(total())
+            weight[place] = at
+            assert float(weight.grad[place]) == pytest.approx((up - down) / (2 * step), abs=1e-6)
+
+
+def test_embeddings_grow_slowly_with_the_labels():
+    assert embedding_sizes([3, 1000], 8) == (3, 8)
+    assert embedding_sizes([3], 2) == (2,)

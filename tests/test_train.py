@@ -1,0 +1,235 @@
+"""Stage ``train``: what it writes, that it repeats, and what it refuses before fitting."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from headrace.data.predictions import read_predictions
+from headrace.data.table import open_table
+from headrace.errors import ConfigError, DataError, IntegrityError
+from headrace.models.protocol import KINDS, load_model, model_section
+from headrace.record import MemoryRecorder
+from headrace.stages.train import Trained, count_labels, refuse_unlearnable, train
+from headrace.storage import verify_folder
+from tests.train_case import (
+    CPU,
+    DELAY,
+    TARGETS,
+    encoded_rows,
+    example_columns,
+    make_case,
+    table_rows,
+    tree_bytes,
+)
+
+QUICK = {
+    "baseline": {"kind": "linear"},
+    "catboost": {"iterations": 40, "depth": 3},
+    "nn": {"hidden_sizes": [16], "max_epochs": 3, "batch_rows": 64},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("case")
+    make_case(folder, weight=True)
+    return folder
+
+
+def run(folder, model, out, **params):
+    recorder = MemoryRecorder()
+    result = train(
+        folder / "reduce",
+        folder / "encode",
+        out,
+        model_section(model).model_validate(QUICK.get(model, {}) | params),
+        model=model,
+        cache=folder / "cache",
+        checkpoints=out.parent / f"checkpoints-{out.name}",
+        resources=CPU,
+        recorder=recorder,
+    )
+    return result, recorder
+
+
+@pytest.mark.parametrize("model", KINDS)
+def test_every_valid_and_test_row_is_predicted_once_and_joined_by_its_id(folder, tmp_path, model):
+    result, recorder = run(folder, model, tmp_path / "out")
+    verify_folder(tmp_path / "out")
+    table = open_table(folder / "reduce")
+    for target in TARGETS:
+        found = read_predictions(tmp_path / "out", target)
+        for split in ("valid", "test"):
+            expected = table.read(split, ["row_id"])["row_id"].to_numpy()
+            assert np.array_equal(np.sort(found.of_split(split).row_id), np.sort(expected))
+        assert found.model == model
+        assert set(found.folds_seen) == {(0, 1, 2, 3, 4)}
+        assert (found.fold == -1).all()
+    assert isinstance(result, Trained)
+    assert str(result) == f"{model} learnt delay, late, class; predicted rows: valid 150, test 130"
+    assert {data["context"]: data["rows"] for data in recorder.datasets} == {
+        "train": 600, "valid": 150, "test": 130,
+    }  # fmt: skip
+    assert recorder.last_progress[:3] == (280, 280, "rows")
+
+
+@pytest.mark.parametrize("model", KINDS)
+def test_the_written_model_gives_the_written_predictions(folder, tmp_path, model):
+    run(folder, model, tmp_path / "out")
+    fitted = load_model(tmp_path / "out")
+    views = make_case(tmp_path, weight=True)
+    read = encoded_rows if fitted.inputs == "encoded" else table_rows
+    values = fitted.predict(read(views, "test"))
+    row_id = open_table(folder / "reduce").read("test", ["row_id"])["row_id"].to_numpy()
+    for target in TARGETS:
+        found = read_predictions(tmp_path / "out", target).of_split("test")
+        order = np.argsort(found.row_id)
+        assert np.array_equal(found.values[order], values[target.name][np.argsort(row_id)])
+
+
+@pytest.mark.parametrize("model", KINDS)
+def test_two_runs_are_byte_equal(folder, tmp_path, model):
+    run(folder, model, tmp_path / "a")
+    run(folder, model, tmp_path / "deeper" / "b")
+
+    assert tree_bytes(tmp_path / "a") == tree_bytes(tmp_path / "deeper" / "b")
+
+
+@pytest.mark.parametrize("model", KINDS)
+def test_labels_of_valid_and_test_rows_change_no_byte_that_was_learnt(tmp_path, model):
+    """Permuted labels outside train: the same model and the same predictions."""
+    files = []
+    for name, seed in (("a", 1), ("b", 2)):
+        change = {}
+        for split, num_rows in (("valid", 150), ("test", 130)):
+            own = example_columns(num_rows, seed=1 if split == "valid" else 2)
+            order = np.random.default_rng(seed).permutation(num_rows)
+            change[split] = {target.name: own[target.name].take(order) for target in TARGETS}
+        make_case(tmp_path / name, change=change)
+        run(tmp_path / name, model, tmp_path / name / "out")
+        files.append(tree_bytes(tmp_path / name / "out"))
+
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("model", ["catboost", "nn", "baseline"])
+def test_models_beat_the_prior_on_test_rows(folder, tmp_path, model):
+    params = {"max_epochs": 25, "patience": 25, "learning_rate": 0.01} if model == "nn" else {}
+    run(folder, model, tmp_path / "out", **params)
+    table = open_table(folder / "reduce").read("test", ["row_id", "delay"])
+    truth = dict(zip(table["row_id"].to_pylist(), table["delay"].to_pylist(), strict=True))
+    found = read_predictions(tmp_path / "out", DELAY).of_split("test")
+    y = np.array([truth[row] for row in found.row_id], dtype=np.float64)
+    known = ~np.isnan(y)
+
+    assert np.sqrt(np.mean((found.values - y)[known] ** 2)) < 0.6 * np.std(y[known])
+
+
+def test_model_json_holds_what_a_person_asks_and_nothing_of_this_run(folder, tmp_path):
+    run(folder, "catboost", tmp_path / "out")
+    text = (tmp_path / "out" / "model.json").read_text()
+    content = json.loads(text)
+
+    assert content["summary"]["targets"]["late"]["trees"] > 1
+    assert str(tmp_path) not in text
+    names = {path.relative_to(tmp_path / "out").parts[0] for path in (tmp_path / "out").iterdir()}
+    assert names == {"manifest.json", "model", "model.json", "predictions"}
+
+
+def test_an_unknown_model_names_the_nearest(folder, tmp_path):
+    with pytest.raises(ConfigError, match="'basline' is not a kind of model; nearest name: base"):
+        train(
+            folder / "reduce",
+            folder / "encode",
+            tmp_path / "out",
+            model_section("baseline")(),
+            model="basline",
+            cache=tmp_path,
+            checkpoints=tmp_path,
+            resources=CPU,
+            recorder=MemoryRecorder(),
+        )
+
+
+def spoil(folder: Path, **columns):
+    return make_case(folder, change={"train": columns})
+
+
+def test_a_target_of_one_class_is_refused_with_the_class_that_is_absent(tmp_path):
+    spoil(tmp_path, late=pa.array(["no"] * 600))
+    with pytest.raises(
+        DataError, match=r"target 'late': no train row to learn from .* class 'yes'"
+    ):
+        run(tmp_path, "baseline", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_class_that_only_the_stop_fold_has_is_refused(tmp_path):
+    is_stop = np.arange(600) % 5 == 4
+    labels = np.where(is_stop, "c", np.array(["a", "b"])[np.arange(600) % 2])
+    spoil(tmp_path, **{"class": pa.array(labels.tolist())})
+    with pytest.raises(
+        DataError, match=r"target 'class': .*folds other than 4\) has the class 'c'"
+    ):
+        run(tmp_path, "nn", tmp_path / "out")
+
+
+def test_all_faults_of_the_targets_come_in_one_message(tmp_path):
+    spoil(tmp_path, delay=pa.nulls(600, pa.float64()), late=pa.array(["no"] * 600))
+    with pytest.raises(DataError) as caught:
+        run(tmp_path, "catboost", tmp_path / "out")
+    assert "target 'delay' has 0 labelled train rows to learn from and 0 to stop on" in str(
+        caught.value
+    )
+    assert "target 'late': no train row" in str(caught.value)
+
+
+def test_a_constant_regression_target_is_refused(tmp_path):
+    spoil(tmp_path, delay=pa.array([2.5] * 600))
+    with pytest.raises(DataError, match=r"target 'delay' has the one value 2.5 in all train rows"):
+        run(tmp_path, "baseline", tmp_path / "out")
+
+
+def test_labels_are_counted_per_fold_and_class(folder):
+    folds, counts = count_labels(open_table(folder / "reduce"))
+    table = open_table(folder / "reduce").read("train", ["fold", "class", "delay"])
+    fold, labels = table["fold"].to_numpy(), np.array(table["class"].to_pylist())
+    by_hand = [[int(((fold == f) & (labels == c)).sum()) for c in "abc"] for f in range(5)]
+
+    assert folds == (0, 1, 2, 3, 4)
+    assert counts[2].rows_FK.tolist() == by_hand
+    assert counts[0].rows_FK.shape == (5, 1)
+    assert counts[0].rows_FK.sum() == 600 - table["delay"].null_count
+    assert counts[0].low == min(v for v in table["delay"].to_pylist() if v is not None)
+    refuse_unlearnable(counts, 4)
+
+
+def test_one_labelled_row_is_too_few(folder):
+    _, (found, *_) = count_labels(open_table(folder / "reduce"))
+    few = replace(found, rows_FK=np.array([[1], [0], [0], [0], [5]]))
+    with pytest.raises(DataError, match="has 1 labelled train rows to learn from and 5 to stop on"):
+        refuse_unlearnable((few,), 4)
+
+
+def test_a_damaged_table_is_refused(tmp_path):
+    make_case(tmp_path)
+    path = tmp_path / "reduce" / "train" / "part-00000.parquet"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(IntegrityError, match=r"part-00000.parquet has another digest"):
+        run(tmp_path, "baseline", tmp_path / "out")
+
+
+def test_damaged_shards_are_refused(tmp_path):
+    make_case(tmp_path)
+    path = next((tmp_path / "encode" / "train").rglob("targets.f32"))
+    data = bytearray(path.read_bytes())
+    data[5] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(IntegrityError, match="is damaged"):
+        run(tmp_path, "baseline", tmp_path / "out")

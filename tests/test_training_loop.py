@@ -1,0 +1,273 @@
+"""The training loop on toy problems: learns, weighs rows, stops, resumes bit-equal."""
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+from headrace.errors import DataError
+from headrace.record import MemoryRecorder
+from headrace.training.checkpoint import Checkpoints
+from headrace.training.device import RandomStream, torch_threads
+from headrace.training.loop import Losses, LossMeans, learning_rate, train_network
+from headrace.training.params import TrainingParams
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Small matrices are slower with more threads, much so beside other work."""
+    with torch_threads(1):
+        yield
+
+
+@dataclass
+class Rows:
+    row_id: torch.Tensor
+    x: torch.Tensor
+    y: torch.Tensor
+    weight: torch.Tensor
+
+    def part(self, rows):
+        return Rows(self.row_id[rows], self.x[rows], self.y[rows], self.weight[rows])
+
+
+class Toy:
+    """A learner over rows in memory; batches come in an order that depends on the epoch."""
+
+    def __init__(self, network, x, y, *, batch_rows=8, held_back=None, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        self.network = network
+        self.rows = Rows(torch.arange(len(x)), x, y, torch.rand(len(x), generator=generator) + 0.5)
+        self.held_back = held_back or self.rows
+        self.batch_rows = batch_rows
+        self.num_rows = len(x)
+        self.num_batches = math.ceil(len(x) / batch_rows)
+
+    def batches(self, epoch, *, used):
+        order = torch.randperm(self.num_rows, generator=torch.Generator().manual_seed(epoch))
+        for batch in order.split(self.batch_rows)[used:]:
+            yield self.rows.part(batch)
+
+    def losses(self, batch):
+        z = self.network(batch.x)[:, 0]
+        loss = nn.functional.mse_loss(z, batch.y, reduction="none")
+        return Losses({"y": (batch.weight * loss).sum()}, {"y": batch.weight.sum()}, {"y": 1.0})
+
+    def validate(self):
+        means = LossMeans({"y": 1.0})
+        for rows in torch.arange(len(self.held_back.x)).split(5):
+            means.add(self.losses(self.held_back.part(rows)))
+        return means
+
+
+class Halt(Exception):
+    pass
+
+
+class HaltingRecorder(MemoryRecorder):
+    """Raises after so many calls of ``progress``, as a signal would."""
+
+    def __init__(self, calls):
+        super().__init__()
+        self.calls_left = calls
+
+    def progress(self, done, total, *, unit, detail=""):
+        super().progress(done, total, unit=unit, detail=detail)
+        self.calls_left -= 1
+        if self.calls_left < 0:
+            raise Halt
+
+
+def network_of(seed=0, *, inputs=2, dropout=0.0):
+    with RandomStream(seed, device=CPU).lent():
+        return nn.Sequential(
+            nn.Linear(inputs, 16),
+            nn.BatchNorm1d(16),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(16, 1),
+        )
+
+
+def plain(inputs=2, width=16):
+    with RandomStream(3, device=CPU).lent():
+        return nn.Sequential(nn.Linear(inputs, width), nn.Tanh(), nn.Linear(width, 1))
+
+
+def go(learner, folder, recorder=None, **params):
+    recorder = recorder or MemoryRecorder()
+    settings = TrainingParams(
+        **{"warmup_steps": 0, "weight_decay": 0.0, "learning_rate": 0.02, **params}
+    )
+    outcome = train_network(
+        learner,
+        settings,
+        stop_on="loss",
+        stream=RandomStream(settings.seed, 1, device=CPU),
+        checkpoints=Checkpoints(folder, signature="toy", recorder=recorder),
+        recorder=recorder,
+    )
+    return outcome, recorder
+
+
+def values_of(recorder, name):
+    return [value for key, value, _ in recorder.recorded_metrics if key == name]
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 0, 1], [0, 1, 1, 1], [0, 1, 1, 0]])
+def test_and_or_and_xor_are_learnt(tmp_path, labels):
+    x = torch.tensor([[0.0, 0], [0, 1], [1, 0], [1, 1]])
+    learner = Toy(plain(), x, torch.tensor(labels, dtype=torch.float32), batch_rows=4)
+    outcome, _ = go(learner, tmp_path, max_epochs=250, patience=250)
+
+    assert outcome.best_loss < 1e-3
+
+
+def test_a_line_is_learnt(tmp_path):
+    x = torch.linspace(-1, 1, 40)[:, None]
+    learner = Toy(plain(1), x, 2 * x[:, 0])
+    outcome, _ = go(learner, tmp_path, max_epochs=120, patience=120)
+
+    assert outcome.best_loss < 1e-3
+
+
+def test_losses_are_means_over_weighted_rows_however_short_the_last_batch(tmp_path):
+    x = torch.randn(13, 2, generator=torch.Generator().manual_seed(0))
+    learner = Toy(plain(), x, x.sum(dim=1), batch_rows=13)
+    before = learner.rows
+    with torch.no_grad():
+        error = (learner.network(x)[:, 0] - before.y) ** 2
+    expected = float((before.weight * error).sum() / before.weight.sum())
+    _, recorder = go(learner, tmp_path, max_epochs=1, learning_rate=1e-9)
+
+    assert values_of(recorder, "inner_loss_y") == pytest.approx([expected], rel=1e-5)
+    assert values_of(recorder, "train_loss_y") == pytest.approx([expected], rel=1e-5)
+
+
+def test_the_best_weights_stay_not_the_last(tmp_path):
+    x = torch.randn(40, 2, generator=torch.Generator().manual_seed(0))
+    y = torch.randn(40, generator=torch.Generator().manual_seed(1))  # noise: soon overfitted
+    held_back = Rows(
+        torch.arange(30),
+        torch.randn(30, 2, generator=torch.Generator().manual_seed(2)),
+        torch.randn(30, generator=torch.Generator().manual_seed(3)),
+        torch.ones(30),
+    )
+    learner = Toy(plain(width=64), x, y, held_back=held_back)
+    outcome, recorder = go(learner, tmp_path, max_epochs=40, patience=5)
+    curve = values_of(recorder, "inner_loss")
+
+    assert outcome.num_epochs == len(curve) == outcome.best_epoch + 5 < 40
+    assert outcome.best_loss == min(curve) == curve[outcome.best_epoch - 1]
+    with torch.no_grad():
+        assert learner.validate().total() == outcome.best_loss
+
+
+@pytest.mark.parametrize("halt_after", [1, 6, 7, 8, 9, 23])
+def test_a_halted_run_resumes_to_the_very_same_weights(tmp_path, halt_after):
+    """Dropout, batch norm and the optimiser included; also when halted at the end of an epoch."""
+    x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
+    settings = {"max_epochs": 4, "patience": 4, "checkpoint_minutes": 0.0}
+    whole = Toy(network_of(dropout=0.3), x, x.prod(dim=1))
+    undisturbed, heard = go(whole, tmp_path / "whole", **settings)
+
+    halted = Toy(network_of(dropout=0.3), x, x.prod(dim=1))
+    with pytest.raises(Halt):
+        go(halted, tmp_path / "halted", HaltingRecorder(halt_after), **settings)
+    resumed = Toy(network_of(seed=9, dropout=0.3), x, x.prod(dim=1))  # weights come from the file
+    outcome, heard_after = go(resumed, tmp_path / "halted", **settings)
+
+    assert outcome == undisturbed
+    for name, value in whole.network.state_dict().items():
+        assert torch.equal(resumed.network.state_dict()[name], value), name
+    after = values_of(heard_after, "train_loss")
+    assert after == values_of(heard, "train_loss")[-len(after) :] if after else True
+
+
+def test_a_finished_run_resumes_to_its_end_without_a_step(tmp_path):
+    x = torch.randn(20, 2, generator=torch.Generator().manual_seed(0))
+    first = Toy(plain(), x, x.sum(dim=1))
+    outcome, _ = go(first, tmp_path, max_epochs=3)
+    again = Toy(network_of_none(), x, x.sum(dim=1))
+    second, recorder = go(again, tmp_path, max_epochs=3)
+
+    assert second == outcome
+    assert recorder.recorded_metrics == []
+    assert torch.equal(again.network[0].weight, first.network[0].weight)
+
+
+def network_of_none():
+    return nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 1))
+
+
+def test_a_loss_that_is_not_finite_names_the_rows(tmp_path):
+    x = torch.ones(8, 2)
+    y = torch.ones(8)
+    y[5] = math.inf
+    learner = Toy(plain(), x, y, batch_rows=8)
+    first = next(iter(learner.batches(0, used=0))).row_id[:5].tolist()
+    with pytest.raises(DataError, match="training loss is inf in epoch 1, batch 1") as caught:
+        go(learner, tmp_path)
+
+    assert str([str(i) for i in first]) in str(caught.value)
+
+
+def test_a_held_back_loss_that_is_never_finite_is_refused(tmp_path):
+    x = torch.ones(8, 2)
+    bad = Rows(torch.arange(2), torch.ones(2, 2), torch.full((2,), math.inf), torch.ones(2))
+    with pytest.raises(DataError, match="diverged in its first epoch"):
+        go(Toy(plain(), x, torch.ones(8), held_back=bad), tmp_path)
+
+
+def test_biases_norms_and_embeddings_are_not_decayed(tmp_path):
+    """With no gradient at all, decay alone moves the weights of layers, and only those."""
+    network = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    network.embedding = nn.Embedding(3, 2)
+    before = {name: value.clone() for name, value in network.named_parameters()}
+
+    class Still(Toy):
+        def losses(self, batch):
+            zero = sum(0.0 * value.sum() for value in network.parameters())
+            return Losses({"y": zero}, {"y": batch.weight.sum()}, {"y": 1.0})
+
+    x = torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
+    network.train()
+    learner = Still(network, x, x[:, 0])
+    go(learner, tmp_path, max_epochs=1, weight_decay=0.5)
+    after = dict(network.named_parameters())
+    moved = {name for name, value in before.items() if not torch.equal(value, after[name])}
+
+    assert moved == {"0.weight", "2.weight"}
+
+
+def test_the_rate_rises_then_stays_or_falls_to_its_floor():
+    constant = TrainingParams(learning_rate=1.0, warmup_steps=10)
+    cosine = constant.model_copy(update={"schedule": "cosine"})
+
+    assert [learning_rate(step, 110, constant) for step in (0, 4, 9, 10, 109)] == [
+        0.1, 0.5, 1, 1, 1,
+    ]  # fmt: skip
+    assert learning_rate(60, 110, cosine) == pytest.approx(0.5)
+    assert learning_rate(110, 110, cosine) == learning_rate(500, 110, cosine) == 0.01
+
+
+def test_the_rate_that_was_used_is_recorded(tmp_path):
+    x = torch.randn(16, 2, generator=torch.Generator().manual_seed(0))
+    _, recorder = go(Toy(plain(), x, x[:, 0]), tmp_path, max_epochs=3, warmup_steps=4)
+
+    assert values_of(recorder, "learning_rate") == pytest.approx([0.01, 0.02, 0.02])
+
+
+def test_a_name_without_labelled_rows_adds_nothing_and_is_no_number():
+    zero, one = torch.tensor(0.0), torch.tensor(1.0)
+    losses = Losses({"a": 3 * one, "b": zero}, {"a": 2 * one, "b": zero}, {"a": 2.0, "b": 1.0})
+    means = LossMeans(losses.scales)
+    means.add(losses)
+
+    assert float(losses.total()) == means.total() == 3.0
+    assert means.means()["a"] == 1.5
+    assert math.isnan(means.means()["b"])
