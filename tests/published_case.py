@@ -11,7 +11,7 @@ from headrace.models.baseline import BaselineParams
 from headrace.models.catboost import CatboostParams
 from headrace.params import Resources
 from headrace.record import MemoryRecorder
-from headrace.schema import Role, Target
+from headrace.schema import FEATURE_ROLES, Role, Target
 from headrace.stages.encode import EncodeParams, encode
 from headrace.stages.publish import Published, PublishParams, publish
 from headrace.stages.reduce import ReduceParams, reduce
@@ -20,6 +20,7 @@ from headrace.stages.train import train
 from tests.encode_tables import write_table
 
 ROLES: dict[str, Role] = {
+    "flight": "key",
     "distance": "numeric",
     "seats": "numeric",
     "is_weekend": "numeric",
@@ -61,6 +62,7 @@ def raw_columns(num_rows: int, *, seed: int, permute_labels: bool = False) -> di
     band = np.where(delay < -3, "early", np.where(delay > 6, "late", "ontime"))
     is_missing = rng.random(num_rows) < 0.1
     return {
+        "flight": pa.array(np.arange(num_rows) + 2**60),
         "distance": pa.array(np.round(rng.normal(900, 300, num_rows), 2), mask=is_missing),
         "seats": pa.array(seats),
         "is_weekend": pa.array(rng.random(num_rows) < 0.3),
@@ -117,6 +119,6 @@ def publish_case(root: Path, members: Mapping[str, Path], out: Path, *, name: st
 
 
 def raw_rows(num_rows: int = 50, *, seed: int = 9) -> pa.Table:
-    """Return new rows without targets."""
+    """Return new rows: inputs alone."""
     columns = raw_columns(num_rows, seed=seed)
-    return pa.table({name: columns[name] for name in columns if ROLES[name] != "target"})
+    return pa.table({name: columns[name] for name in columns if ROLES[name] in FEATURE_ROLES})
