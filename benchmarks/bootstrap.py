@@ -4,13 +4,16 @@ The slow ways run a few resamples and are scaled. Before timing, the same resamp
 against scikit-learn: the AUC of its counts used as weights must agree to 1e-12.
 """
 
-from collections.abc import Callable, Sequence
+import statistics
+import sys
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import scipy.stats
 from sklearn.metrics import log_loss, roc_auc_score, root_mean_squared_error
 
-from benchmarks.harness import Figure, interleave, print_timings, run_benchmark
+from benchmarks.harness import Row, Timing, arguments, measure, report
 from headrace.kernels.bootstrap import draw_counts, rank, resample
 
 NUM_RESAMPLES = 1000
@@ -78,36 +81,58 @@ class Case:
         return float(np.abs(ranks[:3, 0, 0] - expected).max())
 
 
-def measure(quick: bool) -> Sequence[Figure]:
-    """Time every way at 100,000 and 10,000 rows."""
-    figures: list[Figure] = []
-    musts = {100_000: (150.0, 250.0), 10_000: (250.0, None)}
-    for num_rows, (must, goal) in musts.items():
-        case = Case(num_rows)
-        variants: dict[str, Callable[[], object]] = {
-            "headrace, 3 metrics": case.headrace,
-            "counts only": case.draws,
-            f"scikit-learn loop, 3 metrics, {SLOW_RESAMPLES} of 1000": case.scikit_learn,
-            f"scipy, 2 means, {SLOW_RESAMPLES * 4} of 1000": case.scipy_means,
-            f"scipy, AUC, {SLOW_RESAMPLES} of 1000": case.scipy_auc,
-        }
-        timings = interleave(variants, rounds=3 if quick else 9)
-        print_timings(f"{num_rows:,} rows", timings)
-        ours, counts, loop, means, auc = (one.median_cpu_s for one in timings.values())
-        loop *= NUM_RESAMPLES / SLOW_RESAMPLES
-        scipy_s = auc * NUM_RESAMPLES / SLOW_RESAMPLES + means * NUM_RESAMPLES / SLOW_RESAMPLES / 4
-        figures += [
-            Figure(f"{num_rows:,} rows: x scikit-learn loop", loop / ours, "x", must, goal, True,
-                   "scikit-learn resample loop, CPU s"),
-            Figure(f"{num_rows:,} rows: x scipy", scipy_s / ours, "x",
-                   90.0 if num_rows == 100_000 else None, None, True, "scipy bootstrap, CPU s"),
-            Figure(f"{num_rows:,} rows: times drawing the counts", ours / counts, "x", 4.5, 3.0,
-                   False, "drawing the multinomial counts"),
-            Figure(f"{num_rows:,} rows: AUC, largest difference", case.check(), "", 1e-12, None,
-                   False, "scikit-learn on the same resample"),
-        ]  # fmt: skip
-    return figures
+def rows_of(num_rows: int, repeats: int) -> list[Row]:
+    """Time every way at one size, and compare CPU seconds turn by turn."""
+    case = Case(num_rows)
+    variants: dict[str, Callable[[], Any]] = {
+        "headrace, 3 metrics": case.headrace,
+        "counts only": case.draws,
+        f"scikit-learn loop, 3 metrics, {SLOW_RESAMPLES} of 1000": case.scikit_learn,
+        f"scipy, 2 means, {SLOW_RESAMPLES * 4} of 1000": case.scipy_means,
+        f"scipy, AUC, {SLOW_RESAMPLES} of 1000": case.scipy_auc,
+    }
+    print(f"\n{num_rows:,} rows")
+    ours, counts, loop, means, auc = measure(variants, repeats).values()
+    scale = NUM_RESAMPLES / SLOW_RESAMPLES
+    is_large = num_rows == 100_000
+    size = f"{num_rows:,} rows"
+    return [
+        _ratio(f"{size}: faster than a scikit-learn loop", ours, [(loop, scale)],
+               must=150.0 if is_large else 250.0, goal=250.0 if is_large else None),
+        _ratio(f"{size}: faster than scipy", ours, [(means, scale / 4), (auc, scale)],
+               must=90.0 if is_large else None),
+        Row(f"{size}: times drawing the counts", statistics.median(
+                a / b for a, b in zip(ours.cpu_s, counts.cpu_s, strict=True)
+            ), "x", 4.5, 3.0, False, "counts only, cpu"),
+        Row(f"{size}: AUC, largest difference", case.check(), "", 1e-12, None, False,
+            "scikit-learn on the same resample"),
+    ]  # fmt: skip
+
+
+def _ratio(
+    figure: str,
+    ours: Timing,
+    slow: list[tuple[Timing, float]],
+    *,
+    must: float | None,
+    goal: float | None = None,
+) -> Row:
+    """How many times our CPU seconds the slow ways take, scaled to all resamples and summed."""
+    totals = [
+        sum(seconds * scale for seconds, (_, scale) in zip(turn, slow, strict=True))
+        for turn in zip(*(timing.cpu_s for timing, _ in slow), strict=True)
+    ]
+    ratios = [total / own for total, own in zip(totals, ours.cpu_s, strict=True)]
+    names = " + ".join(timing.name for timing, _ in slow)
+    reference = f"{names}, scaled, cpu; {min(ratios):.0f}-{max(ratios):.0f}"
+    return Row(figure, statistics.median(ratios), "x", must, goal, True, reference)
+
+
+def main() -> int:
+    args = arguments(__doc__)
+    repeats = 3 if args.quick else 9
+    return report([row for size in (100_000, 10_000) for row in rows_of(size, repeats)], args)
 
 
 if __name__ == "__main__":
-    run_benchmark(measure)
+    sys.exit(main())

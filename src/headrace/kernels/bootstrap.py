@@ -37,14 +37,15 @@ _LOW = np.uint64(0xFFFFFFFF)
 class Ranking:
     """Rows sorted by score, best first, positives first among equal scores; weighed per class.
 
-    Shapes: ``unit`` (N,) int64, the unit of each sorted row; ``positive`` and ``negative`` (N,),
-    the row's weight if it is of that class, else 0: int64 if all weights are 1, else float64;
-    ``mixed`` (groups, 3) int64, start, first negative and end of each group of equal scores that
-    holds both classes; ``ends`` (groups,) int64, ends of the groups that hold a positive row, or
+    Shapes: ``unit`` (N,) uint32, the unit of each sorted row (unsigned: a signed index is checked
+    for being negative, a third of the whole walk); ``positive`` and ``negative`` (N,), the row's
+    weight if it is of that class, else 0: int8 if all weights are 1, else float64; ``mixed``
+    (groups, 3) int64, start, first negative and end of each group of equal scores that holds both
+    classes; ``ends`` (groups,) int64, ends of the groups that hold a positive row, or
     empty if average precision is not wanted.
     """
 
-    unit: npt.NDArray[np.int64]
+    unit: npt.NDArray[np.uint32]
     positive: npt.NDArray[Any]
     negative: npt.NDArray[Any]
     mixed: npt.NDArray[np.int64]
@@ -63,7 +64,7 @@ def rank(
     order = np.lexsort((~is_positive, -score))
     sorted_score, sorted_positive = score[order], is_positive[order]
     if weight is None:
-        positive: npt.NDArray[Any] = sorted_positive.astype(np.int64)
+        positive: npt.NDArray[Any] = sorted_positive.astype(np.int8)
         negative: npt.NDArray[Any] = 1 - positive
     else:
         positive = np.where(sorted_positive, weight[order], 0.0)
@@ -73,7 +74,7 @@ def rank(
     middles = starts + np.add.reduceat(sorted_positive, starts, dtype=np.int64)
     is_mixed = (middles > starts) & (middles < ends)
     return Ranking(
-        unit=unit[order],
+        unit=unit[order].astype(np.uint32),
         positive=positive,
         negative=negative,
         mixed=np.column_stack([starts, middles, ends])[is_mixed],
