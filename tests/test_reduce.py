@@ -185,6 +185,16 @@ def test_row_groups_go_by_bytes_and_texts_stay_codes_in_each(source, tmp_path):
         assert carrier.compression == "LZ4"
 
 
+def test_numbers_that_repeat_are_stored_as_codes_too(tmp_path):
+    table = columns(700, seed=1, most_seats=5)
+    source = write_table(tmp_path / "extract", {"train": table}, roles=ROLES)
+    run(source, tmp_path / "reduce")
+    group = pq.read_metadata(tmp_path / "reduce" / "train" / "part-00000.parquet").row_group(0)
+    chunks = {group.column(i).path_in_schema: group.column(i) for i in range(group.num_columns)}
+    assert "RLE_DICTIONARY" in chunks["seats"].encodings
+    assert "RLE_DICTIONARY" not in chunks["id"].encodings
+
+
 def test_a_granted_error_and_overrides_are_followed(source, tmp_path):
     run(
         source,

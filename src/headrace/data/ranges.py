@@ -42,6 +42,7 @@ class ColumnRange:
     errors: tuple[tuple[NarrowFloat, float], ...] = ()  # worst relative error, where it was asked
     categories: pa.Array | None = None  # sorted distinct texts; None when they are too many
     text_bytes: int = 0
+    rows_per_value: float = 1.0  # rows over distinct values in the first batch
 
     @property
     def num_values(self) -> int:
@@ -89,9 +90,12 @@ class ColumnScan:
         self._errors: dict[NarrowFloat, float] = dict.fromkeys(measure, 0.0)
         self._texts: pa.Array | None = pa.array([], pa.string()) if max_categories else None
         self._text_bytes = 0
+        self._rows_per_value = 1.0
 
     def add(self, array: pa.Array) -> None:
         """Take the next batch of the column."""
+        if not self._num_rows and pa.types.is_primitive(array.type):
+            self._rows_per_value = len(array) / max(1, len(array.unique()))
         self._num_rows += len(array)
         self._num_nulls += array.null_count
         kind = array.type
@@ -139,6 +143,7 @@ class ColumnScan:
             errors=tuple(sorted(self._errors.items())),
             categories=texts,
             text_bytes=self._text_bytes,
+            rows_per_value=self._rows_per_value,
         )
 
     def _widen(self, low: Number | None, high: Number | None) -> None:

@@ -27,6 +27,10 @@ from headrace.storage import new_folder, write_file, write_json
 PLAN = "plan.json"
 _BATCH_ROWS = 65_536
 _KEPT = (ROW_ID, FOLD)  # every reader knows their types
+# From so many rows per distinct value on, Parquet stores a number as a code of a dictionary as
+# well. On the flights that is 42 % fewer bytes, decoded 8 % faster; values that hardly repeat only
+# make it slower, so they are stored plain (1.6 times as fast, on numbers that are noise).
+_WORTH_CODES = 16
 
 
 class ReduceParams(Section):
@@ -157,6 +161,7 @@ def _rewrite(
     source = pq.read_schema(next(iter(_files(table))))
     schema = _schema(plan, contract)
     coded = [column.name for column in plan if pa.types.is_dictionary(column.after)]
+    repeated = [column.name for column in plan if column.seen.rows_per_value >= _WORTH_CODES]
     sizes = {
         column.name: column.categories.nbytes if column.name in coded else 0 for column in plan
     }
@@ -173,7 +178,7 @@ def _rewrite(
             path,
             schema,
             compression="lz4",
-            use_dictionary=coded or False,
+            use_dictionary=[*coded, *repeated] or False,
             store_decimal_as_integer=True,
         ) as writer:
             batches = (batch for file in files for batch in _read(file, source, coded))
