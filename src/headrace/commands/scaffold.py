@@ -76,7 +76,7 @@ def pipeline_text(
         else:
             key = "train.${item.model}" if name == "train" else name
             stage["params"] = [*stage["params"], {CODE_LOCK: [f"stages.{key}"]}]
-    text = yaml.safe_dump({"stages": stages}, sort_keys=False, width=100, allow_unicode=True)
+    text: str = yaml.safe_dump({"stages": stages}, sort_keys=False, width=100, allow_unicode=True)
     return _HEADER + text
 
 
@@ -88,9 +88,9 @@ def code_lock_text(stages: Sequence[str], models: Sequence[str]) -> str:
     digests: dict[str, Any] = {name: code_digest(*stage_modules(name)) for name in stages}
     digests["train"] = {name: code_digest(*stage_modules(f"train@{name}")) for name in models}
     content = {"headrace": __version__, "stages": dict(sorted(digests.items()))}
+    text: str = yaml.safe_dump(content, sort_keys=False)
     return (
-        "# Digests of the installed code, stage by stage; refreshed by `headrace upgrade`.\n"
-        + yaml.safe_dump(content, sort_keys=False)
+        "# Digests of the installed code, stage by stage; refreshed by `headrace upgrade`.\n" + text
     )
 
 
@@ -138,3 +138,62 @@ def _code_paths(stage: str, models: Sequence[str]) -> list[str]:
 
 def _path(file: Path) -> str:
     return file.relative_to(PACKAGE.parents[1]).as_posix()
+
+
+# --- the folder around the pipeline --------------------------------------------------------------
+
+DVC_CONFIG = """\
+[core]
+    analytics = false
+    check_update = false
+[cache]
+    type = "hardlink,copy"
+"""
+DVC_GITIGNORE = "/config.local\n/tmp\n/cache\n"
+DVC_IGNORE = """\
+# Not data: DVC need not look inside.
+/.venv
+/.headrace
+/.prefect
+/mlruns
+"""
+_IGNORED = (
+    "/.headrace/",
+    "/.prefect/",
+    "/.venv/",
+    "/mlflow.db*",
+    "/mlruns/",
+    "/catboost_info/",
+    *(f"/data/{stage}" for stage in ("extract", "reduce", "encode", "train", "stack", "publish")),
+    "/data/watermark",
+    f"/{_EVALUATE}/*",
+    f"!/{_EVALUATE}/metrics.json",
+)
+
+
+def gitignore_text(present: str) -> str:
+    """Return ``present``, the text of a .gitignore, with the lines that a project needs added."""
+    known = {line.strip() for line in present.splitlines()}
+    missing = [line for line in _IGNORED if line not in known]
+    if "/data/" in known:  # all of it is out of git already
+        missing = [line for line in missing if "/data" not in line]
+    if not missing:
+        return present
+    start = present if not present or present.endswith("\n") else f"{present}\n"
+    return start + "\n".join(missing) + "\n"
+
+
+def dvc_files(*, with_git: bool) -> dict[str, str]:
+    """Return the files that make a folder a DVC project, by relative path.
+
+    They are what ``dvc init`` writes (``--subdir`` or ``--no-scm`` as needed), with telemetry off
+    and outs linked instead of copied. Without git the ignored local settings say so.
+    """
+    files = {
+        ".dvc/config": DVC_CONFIG,
+        ".dvc/.gitignore": DVC_GITIGNORE,
+        ".dvcignore": DVC_IGNORE,
+    }
+    if not with_git:
+        files[".dvc/config.local"] = "[core]\n    no_scm = true\n"
+    return files
