@@ -181,7 +181,7 @@ def stage_rows(num_rows: int, repeats: int) -> list[Row]:
         ),
         ratio_row(
             "cache: sooner than from Parquet", cache["frame from Parquet"],
-            cache["frame from the cache"], clock="wall",
+            cache["frame from the cache"],
         ),
     ]  # fmt: skip
 

@@ -241,6 +241,14 @@ def test_forms_a_csv_may_take(tmp_path):
     assert read(packed, columns=["b"]).to_pylist() == [{"b": "x"}]
 
 
+def test_line_ends_within_quotes_survive_the_ends_of_blocks(tmp_path):
+    text = "one\ntwo\r\nthree, four " * 3
+    rows = "".join(f'{i},"{text}"\n' for i in range(40_000))  # 3 MiB, read in blocks of 1
+    table = read(csv_file(tmp_path, "a,b\n" + rows))
+    assert table["a"].to_pylist() == list(range(40_000))
+    assert table["b"].unique().to_pylist() == [text]
+
+
 # --- memory
 
 _MEASURE = """
