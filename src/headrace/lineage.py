@@ -128,7 +128,8 @@ def _module_file(module: str) -> Path | None:
     return source if module != "headrace" and source.is_file() else None
 
 
-def _imports(path: Path) -> set[str]:
+@cache  # the stages share most of their modules
+def _imports(path: Path) -> frozenset[str]:
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -136,4 +137,4 @@ def _imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             names.add(node.module)
             names.update(f"{node.module}.{alias.name}" for alias in node.names)
-    return {name for name in names if name.startswith("headrace.")}
+    return frozenset(name for name in names if name.startswith("headrace."))

@@ -219,10 +219,7 @@ def _stages(path: Path) -> Mapping[str, Any]:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))["stages"] or {}
     except (yaml.YAMLError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{path} is not a pipeline ({error}); restore it, or delete it and run "
-            f"`headrace upgrade` to write it anew"
-        ) from error
+        raise ConfigError(_broken(path, error)) from error
 
 
 def _own(entry: Any) -> dict[str, Any]:
@@ -244,10 +241,7 @@ def _with_additions(text: str, path: Path) -> str:
         found = rules.load(path.read_text(encoding="utf-8"))
         present = found["stages"]
     except (YAMLError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{path} is not a pipeline ({error}); restore it, or delete it and run "
-            f"`headrace upgrade` to write it anew"
-        ) from error
+        raise ConfigError(_broken(path, error)) from error
     wanted = rules.load(text)
     before = _plain(found)
     for name in [*present]:
@@ -267,6 +261,13 @@ def _with_additions(text: str, path: Path) -> str:
     out = StringIO()
     rules.dump(found, out)
     return out.getvalue()
+
+
+def _broken(path: Path, error: Exception) -> str:
+    return (
+        f"{path} is not a pipeline ({' '.join(str(error).split())}); restore it, or delete it and "
+        f"run `headrace upgrade` to write it anew"
+    )
 
 
 def _is_written_by_us(entry: Mapping[str, Any]) -> bool:

@@ -1,0 +1,151 @@
+"""``headrace upgrade`` writes what follows from code and params; what a person added stays."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+import headrace.commands.scaffold as scaffold
+from headrace.commands.init import init
+from headrace.commands.upgrade import expected_pipeline, is_source_tree, upgrade
+from headrace.errors import ConfigError
+from headrace.project import Project
+
+ROOT = Path(__file__).parents[1]
+_PARAMS = """\
+version: 1
+models: [baseline, catboost]
+extract:
+  sources: {rows: rows.csv, parts: "parts/*.csv", loose: "*.parquet"}
+  recipe: join.sql
+  targets: [target]
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    (tmp_path / "params.yaml").write_text(_PARAMS)
+    for name in ("b.parquet", "a.parquet"):
+        (tmp_path / name).touch()
+    init(tmp_path)
+    return Project(tmp_path)
+
+
+def _stages(project: Project) -> dict[str, dict[str, object]]:
+    stages: dict[str, dict[str, object]] = yaml.safe_load((project.root / "dvc.yaml").read_text())[
+        "stages"
+    ]
+    return stages
+
+
+def test_a_fresh_project_needs_nothing(project: Project):
+    done = upgrade(project)
+    assert done.written == ()
+    assert "nothing to upgrade" in str(done)
+
+
+def test_patterns_become_folders_or_the_files_of_today(project: Project):
+    """A folder tells of new files; the project's own folder cannot be an input, for it has outs."""
+    assert _stages(project)["extract"]["deps"] == [
+        "a.parquet", "b.parquet", "join.sql", "parts", "rows.csv",
+    ]  # fmt: skip
+
+
+def test_other_code_names_the_stages_that_rerun(project: Project, monkeypatch: pytest.MonkeyPatch):
+    """One module of reduce and of one model changes: those two stages, no others."""
+    real = scaffold.code_digest
+
+    def changed(*modules: str) -> str:
+        has_changed = {"headrace.stages.reduce", "headrace.models.catboost"} & set(modules)
+        # publish reads packages of every kind; keep the case to one stage and one model
+        return (
+            "other" if has_changed and "headrace.stages.publish" not in modules else real(*modules)
+        )
+
+    monkeypatch.setattr(scaffold, "code_digest", changed)
+    done = upgrade(project)
+    assert done.written == ("headrace.lock",)
+    assert done.stages == ("reduce", "train@catboost")
+    assert "run again: reduce, train@catboost" in str(done)
+    assert upgrade(project).written == ()
+
+
+def test_another_list_of_models_or_sources_reaches_the_files(project: Project):
+    project.params.write_text(
+        _PARAMS.replace("[baseline, catboost]", "[baseline]").replace('parts: "parts/*.csv", ', "")
+    )
+    done = upgrade(project)
+    assert done.written == ("dvc.yaml", "headrace.lock")
+    assert done.stages == ("extract",)
+    assert "parts" not in _stages(project)["extract"]["deps"]  # type: ignore[operator]
+    lock = yaml.safe_load((project.root / "headrace.lock").read_text())
+    assert list(lock["stages"]["train"]) == ["baseline"]
+
+
+def test_what_was_added_by_hand_stays(project: Project):
+    """Declared needs, descriptions, comments and stages of one's own; ours are put right."""
+    path = project.root / "dvc.yaml"
+    text = path.read_text()
+    text = text.replace(
+        "  reduce:\n", "  # mine\n  reduce:\n    desc: narrow\n    meta: {threads: 1}\n"
+    )
+    text = text.replace(
+        "    - data/extract\n    params:\n    - reduce\n", "    params:\n    - reduce\n"
+    )
+    text += "  mine:\n    cmd: echo hello\n"
+    path.write_text(text)
+
+    done = upgrade(project)
+
+    stages = _stages(project)
+    assert done.stages == ("reduce",)
+    assert stages["reduce"]["deps"] == ["data/extract"]
+    assert (stages["reduce"]["desc"], stages["reduce"]["meta"]) == ("narrow", {"threads": 1})
+    assert stages["mine"] == {"cmd": "echo hello"}
+    assert "# mine" in path.read_text()
+    assert upgrade(project).written == ()
+
+
+def test_a_database_brings_its_watermark_and_takes_it_away(project: Project):
+    database = _PARAMS.replace("rows: rows.csv", "rows: {path: shop.sqlite, table: orders}")
+    project.params.write_text(database)
+    upgrade(project)
+    stages = _stages(project)
+    assert stages["watermark"]["always_changed"] is True
+    assert "data/watermark" in stages["extract"]["deps"]  # type: ignore[operator]
+    assert "shop.sqlite" not in stages["extract"]["deps"]  # type: ignore[operator]
+    project.params.write_text(_PARAMS)
+    upgrade(project)
+    assert "watermark" not in _stages(project)
+
+
+def test_a_newer_version_of_params_is_refused(project: Project):
+    project.params.write_text(_PARAMS.replace("version: 1", "version: 2"))
+    with pytest.raises(ConfigError, match="`version` is 2; this headrace reads version 1"):
+        upgrade(project)
+
+
+def test_a_broken_pipeline_is_named(project: Project):
+    (project.root / "dvc.yaml").write_text("stages: [1, 2\n")
+    with pytest.raises(ConfigError, match=r"dvc.yaml is not a pipeline .* delete it and run"):
+        upgrade(project)
+
+
+def test_a_source_tree_lists_code_file_by_file(project: Project):
+    """With the code in the project, DVC tracks the modules themselves and there is no lock."""
+    marker = project.root / "src" / "headrace" / "lineage.py"
+    marker.parent.mkdir(parents=True)
+    marker.touch()
+    assert is_source_tree(project)
+    stages = yaml.safe_load(expected_pipeline(project))["stages"]
+    reduce = stages["reduce"]
+    assert "src/headrace/stages/reduce.py" in reduce["deps"]
+    assert "src/headrace/stages/evaluate.py" not in reduce["deps"]
+    assert reduce["params"] == ["reduce"]
+    assert "src/headrace/models/${item.model}.py" in stages["train"]["deps"]
+
+
+@pytest.mark.skipif(not (ROOT / "dvc.yaml").is_file(), reason="a tree without its pipeline")
+def test_the_pipeline_of_this_repository_lists_the_code_it_runs():
+    """What `headrace upgrade` would write is what is committed."""
+    assert (ROOT / "dvc.yaml").read_text() == expected_pipeline(Project(ROOT))
