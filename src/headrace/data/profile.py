@@ -235,7 +235,7 @@ def _power_below(limit: float, largest: float) -> float:
     """Return the largest power of two that keeps ``largest`` times it below ``limit``."""
     if largest == 0 or not math.isfinite(largest):
         return 1.0
-    exponent = math.floor(math.log2(limit / largest)) - 1
+    exponent = math.floor(math.log2(limit) - math.log2(largest)) - 1
     return 2.0 ** max(min(exponent, 1000), -1000)
 
 

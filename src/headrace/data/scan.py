@@ -339,11 +339,14 @@ def _scan_duckdb(engine: Engine, found: Found) -> Scanned:
         )
     except DataError as error:
         names = engine.rows(
-            "SELECT DISTINCT table_name FROM (SELECT database_name, table_name FROM duckdb_tables()"
-            " UNION ALL SELECT database_name, view_name FROM duckdb_views()) "
-            f"WHERE database_name = {literal(database)} ORDER BY 1"
+            "SELECT schema_name, table_name FROM duckdb_tables() "
+            f"WHERE database_name = {literal(database)} UNION ALL "
+            "SELECT schema_name, view_name FROM duckdb_views() "
+            f"WHERE database_name = {literal(database)} AND NOT internal ORDER BY ALL"
         )
-        present = [name for (name,) in names]
+        present = [name if schema == "main" else f"{schema}.{name}" for schema, name in names]
+        if found.source.table in present:
+            raise
         raise SchemaError(
             f"{found.files[0].name} has no table {found.source.table!r}"
             f"{nearest(str(found.source.table), present)}; found: {present}"
