@@ -307,6 +307,8 @@ def test_vectors_narrow_by_their_items():
     plan = plan_one(exact, role="vector")
     assert plan.after == pa.list_(pa.float32())
     assert cast_column(exact, plan).to_pylist() == [[0.5, 2.0], None, []]
+    # validity of 3 rows, their offsets, 2 items
+    assert (plan.bytes_before, plan.bytes_after) == (1 + 12 + 16, 1 + 12 + 8)
     assert plan_one(pa.array([[0.1]]), role="vector").after == pa.list_(pa.float64())
 
 

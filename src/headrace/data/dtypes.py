@@ -66,6 +66,16 @@ class ColumnPlan:
         return self.seen.dtype
 
     @property
+    def bytes_before(self) -> int:
+        """Bytes of the column in memory as it came."""
+        return self.seen.bytes_as(self.before)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of the column in memory as planned."""
+        return self.seen.bytes_as(self.after)
+
+    @property
     def categories(self) -> Any:
         """The texts in the order of their codes (a pyarrow array), if the column becomes codes."""
         return self.seen.categories if pa.types.is_dictionary(self.after) else None
@@ -84,6 +94,8 @@ class ColumnPlan:
             "key_collisions": self.key_collisions,
             "categories": None if self.categories is None else len(self.categories),
             "remark": self.remark,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
         }
 
 
@@ -230,11 +242,10 @@ def _narrowest_text(seen: ColumnRange, role: Role) -> pa.DataType:
     if role in _SPELLED_OUT or seen.categories is None or len(seen.categories) == 0:
         return seen.dtype
     dictionary = _dictionary_of(seen.categories)
-    plain_bytes = 4 * seen.num_rows + seen.text_bytes
-    coded_bytes = dictionary.bit_width // 8 * seen.num_rows + seen.categories.nbytes
     if pa.types.is_dictionary(seen.dtype):
         return dictionary
-    return dictionary if coded_bytes <= _WORTH_A_DICTIONARY * plain_bytes else seen.dtype
+    is_worth_it = seen.bytes_as(dictionary) <= _WORTH_A_DICTIONARY * seen.bytes_as(pa.string())
+    return dictionary if is_worth_it else seen.dtype
 
 
 def _dictionary_of(categories: pa.Array) -> pa.DataType:

@@ -33,7 +33,6 @@ class ColumnRange:
     dtype: pa.DataType
     num_rows: int
     num_nulls: int
-    num_bytes: int  # in memory as it came, texts included
     low: Number | None = None  # None without a value, or where order means nothing
     high: Number | None = None
     num_nans: int = 0
@@ -42,6 +41,8 @@ class ColumnRange:
     errors: tuple[tuple[NarrowFloat, float], ...] = ()  # worst relative error, where it was asked
     categories: pa.Array | None = None  # sorted distinct texts; None when they are too many
     text_bytes: int = 0
+    num_items: int = 0  # of all lists
+    other_bytes: int = 0  # of types whose size only Arrow knows
     rows_per_value: float = 1.0  # rows over distinct values in the first batch
 
     @property
@@ -53,6 +54,22 @@ class ColumnRange:
     def is_infinite(self) -> bool:
         """Whether an infinity was seen."""
         return any(isinstance(x, float) and np.isinf(x) for x in (self.low, self.high))
+
+    def bytes_as(self, dtype: pa.DataType) -> int:
+        """Return the bytes all values take in memory as ``dtype``, texts and nulls included."""
+        num_missing = self.num_nulls + (self.num_nans if pa.types.is_integer(dtype) else 0)
+        validity = -(-self.num_rows // 8) if num_missing else 0
+        if pa.types.is_dictionary(dtype):
+            texts = self.categories.nbytes if self.categories is not None else self.text_bytes
+            return validity + self.num_rows * int(dtype.index_type.bit_width) // 8 + int(texts)
+        if pa.types.is_primitive(dtype):
+            return validity + -(-self.num_rows * int(dtype.bit_width) // 8)
+        if is_text(dtype):
+            return validity + 4 * self.num_rows + self.text_bytes
+        if is_list(dtype) and pa.types.is_primitive(dtype.value_type):
+            offsets = 0 if pa.types.is_fixed_size_list(dtype) else 4 * self.num_rows
+            return validity + offsets + -(-self.num_items * int(dtype.value_type.bit_width) // 8)
+        return self.other_bytes
 
     def error(self, dtype: NarrowFloat) -> float:
         """Return the worst relative error that ``dtype`` would bring; measured only if asked."""
@@ -83,13 +100,13 @@ class ColumnScan:
         self.name = name
         self._dtype = dtype
         self._max_categories = max_categories
-        self._num_rows = self._num_nulls = self._num_bytes = self._num_nans = 0
+        self._num_rows = self._num_nulls = self._num_nans = 0
+        self._text_bytes = self._num_items = self._other_bytes = 0
         self._low: Number | None = None
         self._high: Number | None = None
         self._is_whole = self._is_float32 = True
         self._errors: dict[NarrowFloat, float] = dict.fromkeys(measure, 0.0)
         self._texts: pa.Array | None = pa.array([], pa.string()) if max_categories else None
-        self._text_bytes = 0
         self._rows_per_value = 1.0
 
     def add(self, array: pa.Array) -> None:
@@ -102,10 +119,11 @@ class ColumnScan:
         if is_text(kind):
             self._add_text(array)
             return
-        self._num_bytes += bytes_of(array)
+        self._other_bytes += array.nbytes
         if is_list(kind):
             array = array.flatten()  # leaves out what null lists hide
             kind = array.type
+            self._num_items += len(array)
         if pa.types.is_floating(kind):
             self._add_floats(_to_numpy(array))
         elif pa.types.is_integer(kind):
@@ -116,7 +134,6 @@ class ColumnScan:
     def add_numpy(self, values: npt.NDArray[Any]) -> None:
         """Take a column of integers or floats that is in memory, shape (rows,), any stride."""
         self._num_rows += len(values)
-        self._num_bytes += values.nbytes
         if values.dtype.kind == "f":
             self._add_floats(values)
             return
@@ -134,7 +151,6 @@ class ColumnScan:
             dtype=self._dtype,
             num_rows=self._num_rows,
             num_nulls=self._num_nulls,
-            num_bytes=self._num_bytes,
             low=self._low,
             high=self._high,
             num_nans=self._num_nans,
@@ -143,6 +159,8 @@ class ColumnScan:
             errors=tuple(sorted(self._errors.items())),
             categories=texts,
             text_bytes=self._text_bytes,
+            num_items=self._num_items,
+            other_bytes=self._other_bytes,
             rows_per_value=self._rows_per_value,
         )
 
@@ -185,7 +203,6 @@ class ColumnScan:
         else:
             num_bytes = pc.sum(pc.binary_length(array)).as_py() or 0
         self._text_bytes += num_bytes
-        self._num_bytes += num_bytes + _offset_bytes(array)
         if self._texts is None:
             return
         found = array.unique()
@@ -214,12 +231,6 @@ def worst_error(values: npt.NDArray[np.float64], dtype: NarrowFloat) -> float:
         return float(np.max(np.abs(narrow - x) / np.abs(x), initial=0.0))
 
 
-def bytes_of(array: pa.Array) -> int:
-    """Return the bytes of an array; a validity bitmap that marks nothing is not counted."""
-    is_idle = array.null_count == 0 and array.buffers()[0] is not None
-    return int(array.nbytes) - (-(-len(array) // 8) if is_idle else 0)
-
-
 def is_text(dtype: pa.DataType) -> bool:
     """Whether a column holds texts, spelled out or as codes of a dictionary."""
     if pa.types.is_dictionary(dtype):
@@ -242,8 +253,3 @@ def _to_numpy(array: pa.Array) -> npt.NDArray[np.floating[Any]]:
 def _min_max(array: pa.Array) -> tuple[Number | None, Number | None]:
     both = pc.min_max(array)
     return both["min"].as_py(), both["max"].as_py()
-
-
-def _offset_bytes(array: pa.Array) -> int:
-    """Bytes of offsets and validity a text column has as plain Arrow strings."""
-    return 4 * len(array) + (-(-len(array) // 8) if array.null_count else 0)

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from headrace.data.dtypes import ColumnPlan, Dtype, cast_column, plan_dtypes
-from headrace.data.ranges import ColumnRange, ColumnScan, NarrowFloat, bytes_of, is_text
+from headrace.data.ranges import ColumnRange, ColumnScan, NarrowFloat, is_text
 from headrace.data.table import Table, open_table
 from headrace.errors import ResourceError, SchemaError, nearest
 from headrace.memory import format_bytes
@@ -114,8 +114,8 @@ def reduce(
     )
     contract = _with_dtypes(table.contract, plan)
     with new_folder(out) as folder:
-        sizes = _rewrite(table, folder, plan, contract, params, recorder)
-        reduced = _summary(table, folder, plan, sizes)
+        _rewrite(table, folder, plan, contract, params, recorder)
+        reduced = _summary(table, folder, plan)
         write_file(folder / CONTRACT, contract.to_json())
         write_json(folder / PLAN, _plan_json(plan, reduced, params))
     _tell(reduced, recorder)
@@ -156,15 +156,12 @@ def _rewrite(
     contract: Contract,
     params: ReduceParams,
     recorder: Recorder,
-) -> Mapping[str, int]:
-    """Write every split in the planned types; return the bytes in memory of each column."""
+) -> None:
+    """Write every split in the planned types."""
     source = pq.read_schema(next(iter(_files(table))))
     schema = _schema(plan, contract)
     coded = [column.name for column in plan if pa.types.is_dictionary(column.after)]
     repeated = [column.name for column in plan if column.seen.rows_per_value >= _WORTH_CODES]
-    sizes = {
-        column.name: column.categories.nbytes if column.name in coded else 0 for column in plan
-    }
     total = sum(table.num_rows(split) for split in SPLITS)
     done = total
     rows_per_group = _rows_per_group(plan, params.row_group_bytes)
@@ -184,11 +181,8 @@ def _rewrite(
             batches = (batch for file in files for batch in _read(file, source, coded))
             for group in _regroup(_cast(batches, plan, schema), rows_per_group):
                 writer.write_table(group, row_group_size=rows_per_group)
-                for name in sizes:
-                    sizes[name] += _held_bytes(group[name])
                 done += group.num_rows
                 recorder.progress(done, 2 * total, unit="rows", detail=f"writing {split}")
-    return sizes
 
 
 def _cast(
@@ -254,15 +248,8 @@ def _rows_per_group(plan: Sequence[ColumnPlan], group_bytes: int) -> int:
         elif pa.types.is_primitive(after):
             bits += after.bit_width
         else:
-            bits += 8 * (seen.num_bytes // max(1, seen.num_rows))
+            bits += 8 * (seen.bytes_as(after) // max(1, seen.num_rows))
     return max(1, 8 * group_bytes // bits)
-
-
-def _held_bytes(column: pa.ChunkedArray) -> int:
-    """Bytes of a column in memory; a dictionary is shared by all chunks and counted elsewhere."""
-    if pa.types.is_dictionary(column.type):
-        return sum(bytes_of(chunk.indices) for chunk in column.chunks)
-    return sum(bytes_of(chunk) for chunk in column.chunks)
 
 
 def _with_dtypes(contract: Contract, plan: Sequence[ColumnPlan]) -> Contract:
@@ -271,9 +258,7 @@ def _with_dtypes(contract: Contract, plan: Sequence[ColumnPlan]) -> Contract:
     return contract.model_copy(update={"columns": columns})
 
 
-def _summary(
-    table: Table, folder: Path, plan: Sequence[ColumnPlan], sizes: Mapping[str, int]
-) -> Reduced:
+def _summary(table: Table, folder: Path, plan: Sequence[ColumnPlan]) -> Reduced:
     return Reduced(
         num_rows=plan[0].seen.num_rows,
         columns=tuple(
@@ -281,8 +266,8 @@ def _summary(
                 name=column.name,
                 before=_short(column.before),
                 after=_short(column.after),
-                bytes_before=column.seen.num_bytes,
-                bytes_after=sizes[column.name],
+                bytes_before=column.bytes_before,
+                bytes_after=column.bytes_after,
                 remark=column.remark,
             )
             for column in plan
@@ -295,20 +280,13 @@ def _summary(
 def _plan_json(
     plan: Sequence[ColumnPlan], reduced: Reduced, params: ReduceParams
 ) -> dict[str, object]:
-    columns = {}
-    for column, saving in zip(plan, reduced.columns, strict=True):
-        columns[column.name] = {
-            **column.certificate(),
-            "bytes_before": saving.bytes_before,
-            "bytes_after": saving.bytes_after,
-        }
     return {
         "format": 1,
         "max_rel_error": params.max_rel_error,
         "rows": reduced.num_rows,
         "bytes_before": reduced.bytes_before,
         "bytes_after": reduced.bytes_after,
-        "columns": columns,
+        "columns": {column.name: column.certificate() for column in plan},
     }
 
 
