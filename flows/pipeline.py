@@ -72,10 +72,10 @@ def stage(name: str, execution: Execution) -> State[Any]:
     if done.failure is None:
         named = {"unchanged": "Unchanged", "restored": "Restored", "ran": "Completed"}[done.state]
         return Completed(name=named, message=f"{done.seconds:.1f} s")
-    is_last_try = task_run.run_count > len(_RETRY_DELAYS_S)
-    if done.failure.exit_code == DependencyError.exit_code and not is_last_try:
-        raise DependencyError(done.failure.message)
-    return Failed(message=done.failure.message)
+    tries_left = len(_RETRY_DELAYS_S) - task_run.run_count + 1
+    if done.failure.exit_code == DependencyError.exit_code and tries_left > 0:
+        execution.say(f"{done.failure.message}; trying again")
+    return Failed(message=done.failure.message, data=done.failure.error())
 
 
 @task(task_run_name="sync", cache_policy=NO_CACHE, persist_result=False)
@@ -87,7 +87,7 @@ def sync(execution: Execution) -> None:
 
 @flow(
     name="headrace",
-    task_runner=_RUNNER,
+    task_runner=_RUNNER,  # type: ignore[arg-type]  # its futures are narrower than declared
     persist_result=False,
     validate_parameters=False,
 )
@@ -125,7 +125,8 @@ def main() -> int:
     except (Stopped, TerminationSignal, KeyboardInterrupt):
         events.tell(ENDED, state="Stopped", exit_code=Stopped.exit_code, message=RESUME)
         return Stopped.exit_code
-    exit_code = 0 if state.is_completed() else getattr(state.data, "exit_code", 1)
+    error = state.result(raise_on_failure=False)
+    exit_code = 0 if state.is_completed() else getattr(error, "exit_code", 1)
     events.tell(ENDED, state=state.name, exit_code=exit_code, message=state.message or "")
     return int(exit_code)
 

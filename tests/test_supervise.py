@@ -112,6 +112,20 @@ def test_a_background_helper_does_not_outlive_its_command(tmp_path):
     assert until(lambda: not psutil.pid_exists(int(finished.tail)), 3)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="orphans are adopted on Linux only")
+def test_a_helper_that_left_the_group_does_not_outlive_its_command_either(tmp_path):
+    script = (
+        "import subprocess, sys; "
+        "p = subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(60)'], "
+        "start_new_session=True); print(p.pid)"
+    )
+    command = [sys.executable, "-S", "-c", script]
+
+    finished = run(command, cwd=tmp_path, log=tmp_path / "log", env=os.environ)
+
+    assert not psutil.pid_exists(int(finished.tail))
+
+
 def test_the_command_is_stopped_when_its_leash_is_killed(tmp_path):
     log = tmp_path / "log"
     child = Child(SLEEPER, cwd=tmp_path, log=log, env=os.environ)

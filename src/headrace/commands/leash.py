@@ -1,4 +1,4 @@
-"""A small process between a supervisor and its command: when the supervisor is gone, so is the rest.
+"""A small process between a supervisor and its command: when the one is gone, so is the other.
 
 Run by path with ``python -I -S`` and nothing but the standard library, so that it starts in
 milliseconds and holds a few megabytes:
@@ -8,9 +8,10 @@ milliseconds and holds a few megabytes:
 ``FD`` is one end of a socket pair. The command gets a process group of its own. When the other end
 closes, because the supervisor asks for a stop or because it was killed in whatever way, the group
 gets SIGTERM and, after the grace, SIGKILL. This needs no cooperation from the command and works on
-Linux and macOS alike; on Linux the command also gets PR_SET_PDEATHSIG, in case the leash itself is
-killed, and orphans become children of the leash, so that none is left as a zombie that looks alive.
-Told over the socket: ``pid N`` at the start, ``exit CODE`` when the group is empty.
+Linux and macOS alike. On Linux the command also gets PR_SET_PDEATHSIG, in case the leash itself is
+killed, and orphans become children of the leash: those that left the group (Prefect's flow runs do)
+are stopped too, and none stays a zombie that looks alive.
+Told over the socket: ``pid N`` at the start, ``exit CODE`` when nothing is left.
 """
 
 import contextlib
@@ -60,8 +61,8 @@ def main() -> int:
         if woken in ready:
             woken.recv(64)
         if supervisor in ready and _is_closed(supervisor):
-            _stop_group(child, grace_s)
-    _empty_group(child, _AFTERMATH_S)
+            _clear(child, patience_s=0.0, grace_s=grace_s)
+    _clear(child, patience_s=_AFTERMATH_S, grace_s=grace_s)
     code = child.returncode
     _tell(supervisor, f"exit {code if code >= 0 else 128 - code}")
     return 0
@@ -95,24 +96,46 @@ def _reap(child: "subprocess.Popen[bytes]") -> int | None:
     return child.returncode
 
 
-def _stop_group(child: "subprocess.Popen[bytes]", grace_s: float) -> None:
-    _signal_group(child.pid, signal.SIGTERM)
-    _signal_group(child.pid, signal.SIGCONT)  # a stopped process cannot take the hint
-    _empty_group(child, grace_s)
-
-
-def _empty_group(child: "subprocess.Popen[bytes]", grace_s: float) -> None:
-    """Wait until no process is left in the group; after the grace, make it so."""
-    deadline = time.monotonic() + grace_s
-    while _reap(child) is None or _signal_group(child.pid, 0):
-        if time.monotonic() > deadline:
-            _signal_group(child.pid, signal.SIGKILL)
+def _clear(child: "subprocess.Popen[bytes]", *, patience_s: float, grace_s: float) -> None:
+    """Return when nothing is left: SIGTERM after the patience, SIGKILL after the grace on top."""
+    started = time.monotonic()
+    asked: set[int] = set()
+    while True:
+        _reap(child)
+        left = _left(child)
+        if not left:
+            return
+        waited = time.monotonic() - started
+        for target in left:
+            if waited > patience_s + grace_s:
+                _signal(target, signal.SIGKILL)
+            elif waited >= patience_s and target not in asked:
+                asked.add(target)
+                _signal(target, signal.SIGTERM)
+                _signal(target, signal.SIGCONT)  # a stopped process cannot take the hint
         time.sleep(_POLL_S)
 
 
-def _signal_group(group: int, number: int) -> bool:
+def _left(child: "subprocess.Popen[bytes]") -> list[int]:
+    """The group, as a negative number, if it is not empty; orphans that left it."""
+    group = [-child.pid] if _signal(-child.pid, 0) else []
+    return [*group, *(pid for pid in _adopted() if pid != child.pid)]
+
+
+def _adopted() -> list[int]:
+    """Processes whose parent we are: the command, and what its descendants left behind (Linux)."""
+    found = []
+    for name in os.listdir("/proc") if sys.platform == "linux" else ():  # noqa: PTH208  # no pathlib
+        if name.isdigit():
+            with contextlib.suppress(OSError), open(f"/proc/{name}/stat") as file:  # noqa: PTH123
+                if int(file.read().rpartition(")")[2].split()[1]) == os.getpid():
+                    found.append(int(name))
+    return found
+
+
+def _signal(target: int, number: int) -> bool:
     try:
-        os.killpg(group, number)
+        os.kill(target, number)
     except (ProcessLookupError, PermissionError):
         return False
     return True

@@ -63,7 +63,7 @@ class Child:
             log: where its output is appended.
             env: its whole environment.
             grace_s: seconds between SIGTERM and SIGKILL.
-            held: descriptors (of locks) that stay open until the whole group is gone.
+            held: descriptors (a lock, another's ``hold``) kept open until the group is gone.
         """
         self.log = log
         self.command = tuple(command)
@@ -118,6 +118,11 @@ class Child:
             file.seek(self._log_start)
             lines = deque(file, maxlen=num_lines)
         return b"".join(lines).decode(errors="replace")
+
+    @property
+    def hold(self) -> int:
+        """A descriptor that keeps this command running: as ``held`` of another, until that ends."""
+        return self._socket.fileno()
 
     @property
     def seconds(self) -> float:
@@ -232,7 +237,8 @@ class Group:
 def stop_on_signals(message: str) -> Iterator[None]:
     """Within the block the first SIGINT, SIGTERM or SIGHUP raises ``Stopped(message)``.
 
-    Later ones are ignored, so that impatience does not cut the orderly stop short. Main thread only.
+    Later ones are ignored, so that impatience does not cut the orderly stop short. For the main
+    thread only.
     """
     is_stopping = False
 
