@@ -204,11 +204,26 @@ def predict(
 
 
 @app.command()
+def sync() -> None:
+    """Bring MLflow up to date with the journal and register the published package."""
+    from headrace.commands.sync import sync as bring
+
+    typer.echo(str(bring(_project())))
+
+
+@app.command()
 def stage(name: Annotated[str, typer.Argument(help="Stage, such as extract or train@nn.")]) -> None:
     """Run one stage in this process, whether or not it is up to date (what DVC calls)."""
     from headrace.commands.stage import run_stage
 
-    typer.echo(str(run_stage(_project(), name)))
+    project = _project()
+    typer.echo(str(run_stage(project, name)))
+    if name == "publish" and "HEADRACE_RUN_ID" not in os.environ:
+        # Under plain `dvc repro` nobody comes after publish who would bring MLflow up to date.
+        from headrace.commands.sync import sync_or_defer
+
+        if problem := sync_or_defer(project):
+            typer.echo(f"headrace: MLflow is not up to date ({problem})", err=True)
 
 
 def _console() -> "Console":

@@ -3,6 +3,7 @@
 Read from the outs of ``evaluate`` and from the journal; nothing is computed here.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,11 @@ class Result:
         """The value with its interval, as text."""
         if self.value is None:
             return "undefined"
+        # As many decimals for the bounds as four digits of the value need.
+        decimals = max(0, 3 - math.floor(math.log10(abs(self.value) or 1.0)))
         if self.low is None or self.high is None:
-            return f"{self.value:.4g}"
-        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
+            return f"{self.value:.{decimals}f}"
+        return f"{self.value:.{decimals}f} [{self.low:.{decimals}f}, {self.high:.{decimals}f}]"
 
 
 def results(project: Project) -> list[Result]:

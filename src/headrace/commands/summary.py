@@ -61,7 +61,7 @@ def _result_table(own: Sequence[Result]) -> Table:
     first = own[0]
     table = Table(
         title=f"{first.target}: {first.metric} on test rows, "
-        f"95 % interval over {first.num_units} {first.unit}",
+        f"95 % interval over {first.num_units:,} {first.unit}s",
         title_justify="left",
         title_style="bold",
     )
