@@ -18,7 +18,7 @@ _MAX_NODES = 20_000
 _AMBIGUOUS = (
     (re.compile(r"^[-+]?\d+[eE][-+]?\d+$"), "write it with a point, like 1.0e-6"),
     (re.compile(r"^[-+]?\.\d+([eE][-+]?\d+)?$"), "write it with a leading zero, like 0.5"),
-    (re.compile(r"^(yes|no|on|off|y|n)$", re.IGNORECASE), "write true or false, or quote it"),
+    (re.compile(r"^(yes|no|on|off)$", re.IGNORECASE), "write true or false, or quote it"),
     (re.compile(r"^[-+]?0[\d_]+$"), "write it without the leading zero, or quote it"),
     (re.compile(r"^[-+]?\d[\d_]*_[\d_]*$"), "write it without underscores, or quote it"),
     (re.compile(r"^\d+(:\d+)+$"), "quote it"),

@@ -1,0 +1,143 @@
+"""The command line: every error is one line and an exit code; help is light."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEADRACE = Path(sys.executable).with_name("headrace")
+
+
+def _run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [HEADRACE, *words], cwd=folder, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    (tmp_path / "a.csv").write_text("x,y\n1,0\n2,1\n")
+    (tmp_path / "params.yaml").write_text(
+        "version: 1\nmodels: [baseline]\n"
+        "extract: {sources: {a: a.csv}, targets: [y], columns: {y: {role: target}}}\n"
+        "reduce: {}\nencode: {}\ntrain: {baseline: {}}\nstack: {}\nevaluate: {}\npublish: {}\n"
+    )
+    return tmp_path
+
+
+def _edit(project: Path, old: str, new: str) -> None:
+    path = project / "params.yaml"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def test_outside_a_project_the_way_in_is_named(tmp_path: Path):
+    done = _run(tmp_path, "status")
+    assert done.returncode == 2
+    assert done.stderr.startswith("headrace: no params.yaml in ")
+    assert "headrace init" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("reduce: {}", "reduces: {}", "unknown sections ['reduces']; nearest name: reduce"),
+        ("reduce: {}", "reduce: {max_rel_eror: 0.1}", "nearest name: max_rel_error"),
+        ("reduce: {}", "reduce: {max_rel_error: few}", "`reduce.max_rel_error` is 'few'"),
+        ("reduce: {}", "reduce: {max_rel_error: 1e-6}", "write it with a point, like 1.0e-6"),
+        ("encode: {}", "encode: {}\nencode: {}", "`encode` is set twice (first on line 5)"),
+        ("version: 1", "version: 9", "`version` is 9; this headrace reads version 1"),
+        ("[baseline]", "[baselin]", "baseline"),
+        ("[baseline]", "[baseline, baseline]", "names 'baseline' twice"),
+        ("[baseline]", "[]", "`models` must list at least one model"),
+        ("extract:", "extracts:", "nearest name: extract"),
+        ("targets: [y]", "targets: [y], folds: 1", "`extract.folds` is 1"),
+        ("targets: [y]", "targets: [y], split: {kind: random, column: x}", "cannot take effect"),
+    ],
+)
+def test_params_faults_end_in_one_line(project: Path, old: str, new: str, message: str):
+    _edit(project, old, new)
+    done = _run(project, "stage", "extract")
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (project / "data").exists()
+
+
+def test_a_missing_section_is_named(project: Path):
+    (project / "params.yaml").write_text("version: 1\nmodels: [baseline]\n")
+    done = _run(project, "stage", "extract")
+    assert done.returncode == 2
+    assert "section `extract` is missing" in done.stderr
+
+
+def test_an_unknown_stage_is_answered_with_the_nearest(project: Path):
+    done = _run(project, "stage", "train@baselin")
+    assert done.returncode == 2
+    assert "nearest name: train@baseline" in done.stderr
+
+
+def test_a_stage_without_its_input_says_how_to_make_it(project: Path):
+    done = _run(project, "stage", "reduce")
+    assert done.returncode == 5
+    assert "headrace repro" in done.stderr
+
+
+def test_a_budget_below_what_the_run_holds_is_refused_with_the_figure(project: Path):
+    _edit(project, "version: 1", "version: 1\nresources: {memory_budget: 1MiB}")
+    done = _run(project, "stage", "extract")
+    assert done.returncode == 6
+    assert "`resources.memory_budget` is 1.0 MiB" in done.stderr
+    assert "set at least" in done.stderr
+
+
+def test_other_code_than_the_lock_names_is_refused(project: Path):
+    (project / "headrace.lock").write_text("headrace: 0.0.1\nstages: {extract: '0'}\n")
+    done = _run(project, "stage", "extract")
+    assert done.returncode == 2
+    assert "headrace upgrade" in done.stderr
+
+
+def test_a_failed_stage_leaves_word_for_whoever_started_it(project: Path):
+    (project / "a.csv").unlink()
+    done = _run(project, "stage", "extract")
+    assert done.returncode == 3
+    failure = (project / ".headrace" / "failures" / "extract.json").read_text()
+    assert '"exit_code": 3' in failure
+    assert "a.csv" in failure
+
+
+def test_the_traceback_comes_only_when_asked_for(tmp_path: Path):
+    assert "Traceback" not in _run(tmp_path, "status").stderr
+    assert "Traceback" in _run(tmp_path, "--debug", "status").stderr
+
+
+def test_a_folder_can_be_named(project: Path, tmp_path_factory: pytest.TempPathFactory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    assert "not a stage" in _run(elsewhere, "-C", str(project), "stage", "nothing").stderr
+    done = _run(elsewhere, "-C", str(project / "missing"), "status")
+    assert (done.returncode, "is not a folder" in done.stderr) == (2, True)
+
+
+def test_help_loads_no_heavy_package():
+    code = (
+        "import sys, headrace.cli\n"
+        "heavy = {'torch', 'mlflow', 'prefect', 'catboost', 'pandas', 'pyarrow', 'duckdb', 'dvc',"
+        " 'numpy', 'sklearn', 'numba', 'matplotlib'}\n"
+        "print(sorted(heavy & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "[]\n"
+
+
+def test_telemetry_is_off_before_any_tool_is_imported():
+    code = "import os, headrace\nprint(os.environ['DO_NOT_TRACK'], os.environ['DVC_NO_ANALYTICS'])"
+    env = {name: value for name, value in os.environ.items() if name not in ("DO_NOT_TRACK",)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["true", "true"]
