@@ -103,7 +103,9 @@ def run(
     if dry_run:
         from headrace.commands.forecast import forecast
 
-        typer.echo(str(forecast(project)))
+        told = forecast(project)
+        typer.echo(str(told))
+        told.require_fit()
         return
     from headrace.commands.run import run_pipeline
 

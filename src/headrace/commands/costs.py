@@ -2,10 +2,9 @@
 
 Every stage streams or holds something known, so a start plus a rate per row and per value comes
 near: within a factor of two on the machine they were measured on. The rates are figures of this
-project's own stages on two cores: 3k rows of 9 numbers, 200k rows of 14 numbers and 5 categories
-with two targets (tests/test_forecast.py has the figures). Earlier runs of the same project, where
-there are any, replace them. What cannot be known before, such as when early stopping ends a
-training, is taken from the measured runs.
+project's own stages on two cores, on tables of 3k to 335k rows (tests/test_forecast.py has them).
+Earlier runs of the same project, where there are any, replace them. What cannot be known before,
+such as when early stopping ends a training, is taken from the measured runs.
 """
 
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ _PROCESS_BYTES = 160 * _MIB  # a stage before it has read a row: Python and its 
 _GROUP_BYTES = 32 * _MIB  # decoded values of a row group
 _PREDICTION_BYTES = 90  # of a row and target on disk
 # After which early stopping ends a training, more or less.
-_TREES = 400
+_TREES = 300
 _EPOCHS_OF_MANY, _EPOCHS_OF_FEW = 8, 15  # rows
 TRAIN_SHARE, HELD_OUT_SHARE = 0.7, 0.3
 
@@ -82,7 +81,7 @@ def _extract(shape: Shape, resources: Resources) -> Cost:
     parse_s = shape.source_bytes * (20e-9 if shape.is_text else 4e-9)
     stored = shape.num_rows * _stored(shape)
     # DuckDB holds what it can and spills the rest, up to half of the budget.
-    held = min(resources.memory_budget // 2, int(shape.source_bytes * 1.5) + 48 * _MIB)
+    held = min(resources.memory_budget // 2, 3 * shape.source_bytes + 80 * _MIB)
     return Cost(
         seconds=1.5 + parse_s + values * 0.35e-6,
         peak_bytes=_PROCESS_BYTES + held,
@@ -114,7 +113,7 @@ def _train(model: str, shape: Shape, params: Mapping[str, float]) -> Cost:
         trees = min(params.get("iterations", 2000), _TREES)
         tree_s = 0.003 + learnt * (1e-8 * shape.num_numbers + 13e-8 * shape.num_categories)
         seconds = 2.0 + shape.num_targets * trees * tree_s
-        return Cost(seconds, _PROCESS_BYTES + int(2.5 * held), written)
+        return Cost(seconds, _PROCESS_BYTES + int(1.5 * held), written)
     usual = _EPOCHS_OF_MANY if rows > 50_000 else _EPOCHS_OF_FEW
     epochs = min(params.get("max_epochs", usual), usual)
     seconds = 4.0 + epochs * rows * (8e-6 + shape.num_inputs * 1e-6)

@@ -6,6 +6,7 @@ from this project's own last runs where the journal has them, scaled by the rows
 nor MLflow is started. Inputs that are new and large are taken as changed without hashing them.
 """
 
+import contextlib
 import re
 import shutil
 from collections.abc import Mapping
@@ -26,7 +27,8 @@ from headrace.schema import FEATURE_ROLES, read_contract
 from headrace.storage import read_json
 from headrace.tracking.history import list_runs, read_run, run_path
 
-RUN_BYTES = 330 << 20  # flow, its server and DVC beside a stage (measured)
+RUN_BYTES = 430 << 20  # flow, its server and DVC beside a stage (measured)
+_AROUND_BYTES = {"flow": RUN_BYTES, "repro": 130 << 20, "stage": 0}  # by kind of run
 _MAX_HASHED_BYTES = 1 << 30  # new inputs up to this size are hashed to see whether they changed
 _FLOW_START_S = 12.0
 _MANY_RUNS = 20  # how far back the journal is read
@@ -236,16 +238,17 @@ def _shape(project: Project, settings: Settings, sizes: list[SourceSize]) -> Sha
 
 
 def _roles(project: Project, params: Any) -> dict[str, str]:
-    """Return role by column: from the last extract, or else from what params.yaml declares."""
-    try:
-        contract = read_contract(project.data("extract"))
-    except IntegrityError:
-        return {
-            name: own.role or "numeric"
-            for name, own in params.columns.items()
-            if name not in params.targets
-        }
-    return {column.name: column.role for column in contract.columns}
+    """Return role by column: from the last run, or else from what params.yaml declares."""
+    for stage in ("extract", "reduce", "publish"):
+        with contextlib.suppress(IntegrityError):
+            return {
+                column.name: column.role for column in read_contract(project.data(stage)).columns
+            }
+    return {
+        name: own.role or "numeric"
+        for name, own in params.columns.items()
+        if name not in params.targets
+    }
 
 
 def _columns_of(project: Project, settings: Settings) -> int:
@@ -376,7 +379,7 @@ def _earlier(project: Project) -> dict[str, _Earlier]:
     found: dict[str, _Earlier] = {}
     for run_id in list(reversed(list_runs(project.journal)))[:_MANY_RUNS]:
         run = read_run(run_path(project.journal, run_id))
-        around = RUN_BYTES if run.kind == "flow" else 0
+        around = _AROUND_BYTES[run.kind]
         for stage in run.stages:
             if stage.status == "finished" and stage.stage not in found:
                 own = max(stage.peak_bytes - around, 0)

@@ -230,8 +230,8 @@ def use_without_git(project: Project) -> bool:
             f"{project.root} is no DVC project; run `headrace init`, or "
             f"`dvc init` (`dvc init --no-scm` outside git)"
         )
-    if (project.root / ".git").exists():
-        return False
+    if any((above / ".git").exists() for above in (project.root, *project.root.parents)):
+        return False  # also in a folder of a repository; `init` has seen to one that git ignores
     import configparser
 
     for name in ("config.local", "config"):
