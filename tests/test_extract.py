@@ -319,21 +319,21 @@ def test_exotic_types_are_cast_exactly_or_named(case):
 
 def test_a_memory_budget_that_cannot_suffice_is_refused_with_the_figure(case):
     case.table()
-    with pytest.raises(ResourceError, match=r"is 64.0 MiB.*to 256.0 MiB or more"):
+    with pytest.raises(ResourceError, match=r"is 64.0 MiB.*to 320.0 MiB or more"):
         case.run(budget=64 << 20)
 
 
 def test_memory_that_runs_out_names_the_setting_and_a_figure(tmp_path):
     with (
-        open_engine(tmp_path, memory_budget=256 << 20, threads=1, max_spill=1 << 30) as engine,
-        pytest.raises(ResourceError, match=r"resources.memory_budget.*to 512.0 MiB or more"),
+        open_engine(tmp_path, memory_budget=320 << 20, threads=1, max_spill=1 << 30) as engine,
+        pytest.raises(ResourceError, match=r"resources.memory_budget.*to 640.0 MiB or more"),
     ):
         engine.rows("SELECT length(string_agg(repeat('x', 1000), '')) FROM range(1000000)")
 
 
 def test_the_spill_cap_is_held_by_our_own_watch(tmp_path):
     with (
-        open_engine(tmp_path, memory_budget=256 << 20, threads=2, max_spill=20 << 20) as engine,
+        open_engine(tmp_path, memory_budget=320 << 20, threads=2, max_spill=20 << 20) as engine,
         pytest.raises(ResourceError, match=r"more than extract.max_spill = 20.0 MiB"),
     ):
         engine.execute(
