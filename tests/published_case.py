@@ -101,21 +101,16 @@ def make_case(root: Path, *, permute_test_labels: bool = False, name: str = "fli
         )
     members = {model: root / "train" / model for model in sections}
     stack(root / "reduce", members, root / "stack", StackParams(), **TOLD)
-    published = publish_case(root, members, root / "publish", name=name)
+    published = publish_case(root, members, root / "publish", PublishParams(name=name))
     return Case(root, published, members)
 
 
-def publish_case(root: Path, members: Mapping[str, Path], out: Path, *, name: str) -> Published:
+def publish_case(
+    root: Path, members: Mapping[str, Path], out: Path, params: PublishParams
+) -> Published:
     """Publish what ``make_case`` trained, once more or elsewhere."""
-    return publish(
-        root / "reduce",
-        root / "encode",
-        members,
-        root / "stack",
-        out,
-        PublishParams(name=name),
-        **TOLD,
-    )
+    folders = (root / "reduce", root / "encode", members, root / "stack")
+    return publish(*folders, out, params, **TOLD)
 
 
 def raw_rows(num_rows: int = 50, *, seed: int = 9) -> pa.Table:

@@ -14,7 +14,7 @@ from headrace.data.predictions import read_predictions
 from headrace.data.table import open_table
 from headrace.errors import IntegrityError, SchemaError
 from headrace.models.package import Package, load_package, read_example
-from headrace.stages.publish import requirements
+from headrace.stages.publish import PublishParams, requirements
 from headrace.storage import folder_digest, new_folder, write_json
 from tests.published_case import Case, make_case, publish_case, raw_rows
 
@@ -120,7 +120,7 @@ def test_a_member_nobody_chose_is_left_out(case: Case, tmp_path: Path) -> None:
     for name in ("reduce", "encode"):
         shutil.copytree(case.root / name, tmp_path / name)
     rewrite(case.root / "stack", tmp_path / "stack", choose_catboost)
-    publish_case(tmp_path, case.members, tmp_path / "publish", name="one")
+    publish_case(tmp_path, case.members, tmp_path / "publish", PublishParams(name="one"))
 
     package = load_package(tmp_path / "publish")
     assert list(package.models) == ["catboost"]
@@ -133,7 +133,7 @@ def test_a_member_nobody_chose_is_left_out(case: Case, tmp_path: Path) -> None:
 
 def test_the_same_inputs_give_the_same_bytes(case: Case, tmp_path: Path) -> None:
     """Publishing again, elsewhere, changes no byte."""
-    again = publish_case(case.root, case.members, tmp_path / "again", name="flights")
+    again = publish_case(case.root, case.members, tmp_path / "again", PublishParams(name="flights"))
 
     assert again.digest == case.published.digest == folder_digest(case.package)
 
@@ -320,7 +320,7 @@ def test_a_package_of_another_format_is_refused(case: Case, tmp_path: Path) -> N
 def test_a_choice_that_is_not_a_member_is_refused(case: Case, tmp_path: Path) -> None:
     """params.yaml lists fewer models than the stack was made of."""
     with pytest.raises(IntegrityError, match="are not among `models` in params"):
-        publish_case(case.root, {}, tmp_path / "publish", name="x")
+        publish_case(case.root, {}, tmp_path / "publish", PublishParams(name="x"))
 
 
 def test_a_member_of_another_contract_is_refused(case: Case, tmp_path: Path) -> None:
@@ -335,5 +335,5 @@ def test_a_member_of_another_contract_is_refused(case: Case, tmp_path: Path) -> 
         for name, folder in case.members.items()
     }
     with pytest.raises(IntegrityError, match="was made for the data contract 000000000000"):
-        publish_case(case.root, members, tmp_path / "publish", name="x")
+        publish_case(case.root, members, tmp_path / "publish", PublishParams(name="x"))
     assert not (tmp_path / "publish").exists()

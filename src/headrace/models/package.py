@@ -140,6 +140,23 @@ def assemble(folder: Path, *, digest: str) -> Package:
     """
     from headrace.data.encoder import Encoder
 
+    description = read_description(folder)
+    contract = read_contract(folder)
+    if contract.digest != description.contract:
+        raise IntegrityError(
+            f"{folder / PACKAGE} was written for another contract; run `headrace repro`"
+        )
+    models = {name: load_model(folder / MODELS_FOLDER / name) for name in description.members}
+    encoder = Encoder.load(folder / ENCODER_FOLDER)
+    return Package(folder, digest, description, contract, encoder, models)
+
+
+def read_description(folder: Path) -> Description:
+    """Read package.json of a package without loading its models.
+
+    Raises:
+        IntegrityError: if it is missing, damaged or of a format this version does not read.
+    """
     path = folder / PACKAGE
     content = read_json(path)
     if isinstance(content, dict) and content.get("format") != 1:
@@ -148,15 +165,9 @@ def assemble(folder: Path, *, digest: str) -> Package:
             f"run `headrace upgrade`, then `headrace repro`"
         )
     try:
-        description = Description.model_validate(content)
+        return Description.model_validate(content)
     except ValidationError as error:
         raise IntegrityError(f"{path} does not describe a model package ({error})") from error
-    contract = read_contract(folder)
-    if contract.digest != description.contract:
-        raise IntegrityError(f"{path} was written for another contract; run `headrace repro`")
-    models = {name: load_model(folder / MODELS_FOLDER / name) for name in description.members}
-    encoder = Encoder.load(folder / ENCODER_FOLDER)
-    return Package(folder, digest, description, contract, encoder, models)
 
 
 def output_schema(targets: Sequence[Target]) -> pa.Schema:

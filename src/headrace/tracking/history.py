@@ -179,7 +179,7 @@ def read_run(path: Path) -> Run:
     own = tuple(event for event in events if not event.stage_run and event.kind != "stage_open")
     lineage = _last(own, "lineage")
     results = _last(own, "results")
-    has_ended = events[-1].kind == "run_close"
+    closing = _closing(events)
     return Run(
         run_id=path.stem,
         kind=opening.data["run_kind"],
@@ -188,8 +188,8 @@ def read_run(path: Path) -> Run:
         host=opening.data["host"],
         commit=opening.data["commit"],
         dirty=opening.data["dirty"],
-        closed=events[-1].time if has_ended else None,
-        status=events[-1].data["status"] if has_ended else "running",
+        closed=closing.time if closing else None,
+        status=closing.data["status"] if closing else "running",
         lineage=lineage.data["id"] if lineage else None,
         stage_keys=lineage.data["stage_keys"] if lineage else {},
         reused={e.data["stage"]: e.data["made_by"] for e in own if e.kind == "stage_reused"},
@@ -336,6 +336,18 @@ def _stage_run(name: str, events: list[Event]) -> StageRun:
         exit_code=closing.data["exit_code"],
         events=tuple(events),
     )
+
+
+def _closing(events: list[Event]) -> Event | None:
+    """Return the event that ended the run, if it has ended and no stage has joined since.
+
+    What is told about a run later (its lineage, under plain ``dvc repro``) is followed by another
+    ``run_close``; the first one says when the run ended.
+    """
+    if events[-1].kind != "run_close":
+        return None
+    opened = max((event.seq for event in events if event.kind == "stage_open"), default=0)
+    return next(e for e in events if e.kind == "run_close" and e.seq > opened)
 
 
 def _last(events: tuple[Event, ...], kind: str) -> Event | None:

@@ -9,8 +9,8 @@ come from are replaced by the next run. Progress is no history: its latest state
 
 Which run a stage belongs to: the one named by ``HEADRACE_RUN_ID`` (set by whoever runs several
 stages), else the open run of the same ``dvc`` process above this one, else a run of its own.
-A run is open until its last event is ``run_close``; its owner is a process, named by pid and start,
-and a run whose owner is gone is closed by ``close_stale``.
+A run is open unless its last event is ``run_close``; its owner is a process, named by pid and
+start, and a run whose owner is gone is closed by ``close_stale``.
 
 Cost: one fsync per event (about 1 ms), for points of learning curves at most four a second.
 """

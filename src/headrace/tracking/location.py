@@ -190,6 +190,24 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def as_current(store: Store) -> Iterator[None]:
+    """Make ``store`` MLflow's current one for a while.
+
+    MLflow's registry on a database looks a model up in the current store, whatever store its own
+    client was made for.
+    """
+    from mlflow.tracking._tracking_service.utils import _use_tracking_uri
+
+    before = os.environ.get(URI_VARIABLE)
+    try:
+        with _use_tracking_uri(store.uri):  # sets the variable too, and at the end unsets it
+            yield
+    finally:
+        if before is not None:
+            os.environ[URI_VARIABLE] = before
+
+
+@contextlib.contextmanager
 def told_plainly(store: Store) -> Iterator[None]:
     """Turn what MLflow, its HTTP library and its database raise into one of our errors."""
     from mlflow.exceptions import MlflowException
