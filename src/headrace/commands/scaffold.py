@@ -77,7 +77,7 @@ def pipeline_text(
             key = "train.${item.model}" if name == "train" else name
             stage["params"] = [*stage["params"], {CODE_LOCK: [f"stages.{key}"]}]
     # One template for all plot files: whatever targets and models there are, they are x over y.
-    pipeline = {"stages": stages, "plots": [{f"{_EVALUATE}/plots": {"x": "x", "y": "y"}}]}
+    pipeline = {"plots": [{f"{_EVALUATE}/plots": {"x": "x", "y": "y"}}], "stages": stages}
     text: str = yaml.safe_dump(pipeline, sort_keys=False, width=100, allow_unicode=True)
     return _HEADER + text
 
