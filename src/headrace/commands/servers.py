@@ -4,16 +4,19 @@ Both start through their own command lines and are supervised like stages. Prefe
 in ``.prefect`` of the project, so runs of any day are seen in one history.
 """
 
+import base64
 import contextlib
+import json
 import os
 import socket
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 from headrace.commands.pipeline import environment, last_line
 from headrace.commands.supervise import Child, Group
@@ -52,11 +55,13 @@ def prefect_environment(project: Project) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def prefect_api(project: Project, group: Group, *, log: Path) -> Iterator[tuple[str, int | None]]:
+def prefect_api(
+    project: Project, group: Group, *, log: Path, port: int | None = None
+) -> Iterator[tuple[str, int | None]]:
     """Yield the URL of a Prefect API: the one the environment names, or of a server of our own.
 
-    With it comes a descriptor that keeps our server up for a command it is handed to (None where
-    the server is not ours).
+    Ours gets ``port``, or a free one. With the URL comes a descriptor that keeps our server up for
+    a command it is handed to (None where the server is not ours).
 
     Raises:
         DependencyError: if the named one does not answer, or ours does not start.
@@ -69,7 +74,7 @@ def prefect_api(project: Project, group: Group, *, log: Path) -> Iterator[tuple[
             )
         yield named, None
         return
-    with prefect_server(project, group, port=free_port(), log=log) as server:
+    with prefect_server(project, group, port=port or free_port(), log=log) as server:
         yield f"{server.url}/api", server.child.hold
 
 
@@ -119,7 +124,7 @@ def mlflow_server(
         yield server
 
 
-def require_port(port: int, name: str) -> None:
+def require_port(port: int, name: str, *, option: str = "--port") -> None:
     """Check that ``port`` is free on the loopback address.
 
     Raises:
@@ -132,7 +137,7 @@ def require_port(port: int, name: str) -> None:
         except OSError as error:
             raise DependencyError(
                 f"port {port} for {name} cannot be used ({error.strerror}); stop what holds it, "
-                f"or choose another with --port"
+                f"or choose another with {option}"
             ) from error
 
 
@@ -173,10 +178,42 @@ def _server(
         yield Server(name, url, child)
 
 
-def _answers(url: str) -> bool:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+def ask(url: str, body: Any = None) -> Any:
+    """Ask a server for JSON; None if it does not answer or does not know."""
+    data = None if body is None else json.dumps(body).encode()
+    answer = _open(url, data)
+    if answer is None:
+        return None
     try:
-        with opener.open(url, timeout=_ANSWER_TIMEOUT_S) as response:
-            return int(response.status) == 200
-    except (urllib.error.URLError, OSError, ValueError):
-        return False
+        return json.loads(answer)
+    except ValueError:
+        return None
+
+
+def _answers(url: str) -> bool:
+    return _open(url, None) is not None
+
+
+def _open(url: str, data: bytes | None) -> bytes | None:
+    """What a server answers, or None.
+
+    One on this machine is asked directly, whatever HTTP proxy is set; Prefect's credentials go
+    along if the environment has them.
+    """
+    is_local = urlsplit(url).hostname in (HOST, "localhost", "::1")
+    opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if is_local else []))
+    headers = {"Content-Type": "application/json", **_credentials()}
+    request = urllib.request.Request(url, data=data, headers=headers)
+    try:
+        with opener.open(request, timeout=_ANSWER_TIMEOUT_S) as response:
+            return bytes(response.read())
+    except (OSError, ValueError):  # no connection, no success, no URL
+        return None
+
+
+def _credentials() -> dict[str, str]:
+    if key := os.environ.get("PREFECT_API_KEY"):
+        return {"Authorization": f"Bearer {key}"}
+    if pair := os.environ.get("PREFECT_API_AUTH_STRING"):
+        return {"Authorization": f"Basic {base64.b64encode(pair.encode()).decode()}"}
+    return {}
