@@ -214,6 +214,44 @@ def sync() -> None:
 
 
 @app.command()
+def schedule(
+    cron: Annotated[str, typer.Option("--cron", help='When, such as "0 3 * * *".')],
+    timezone: Annotated[
+        str | None, typer.Option("--timezone", help="Of the cron times; default: this machine's.")
+    ] = None,
+    port: Annotated[int, typer.Option("--port", help="Of the Prefect server.")] = 4200,
+) -> None:
+    """Serve the flow on a schedule until stopped; unchanged data ends as skipped."""
+    from headrace.commands.schedule import schedule as serve
+
+    serve(_project(), cron=cron, timezone=timezone, port=port, console=_console())
+
+
+@app.command()
+def ui(
+    prefect_port: Annotated[int, typer.Option("--prefect-port", help="Of Prefect's UI.")] = 4200,
+    mlflow_port: Annotated[int, typer.Option("--mlflow-port", help="Of MLflow's UI.")] = 5000,
+) -> None:
+    """Serve the Prefect and MLflow UIs on this machine until stopped."""
+    from headrace.commands.ui import ui as serve
+
+    serve(_project(), prefect_port=prefect_port, mlflow_port=mlflow_port, console=_console())
+
+
+@app.command()
+def doctor() -> None:
+    """Check versions, memory, disk, GPU, servers and telemetry; say what to do about problems."""
+    from headrace.commands.doctor import doctor as examine
+    from headrace.errors import ConfigError
+
+    try:
+        project = _project()
+    except ConfigError:
+        project = None  # what it examines is the machine; a project only says which disk
+    examine(project, console=_console())
+
+
+@app.command()
 def stage(name: Annotated[str, typer.Argument(help="Stage, such as extract or train@nn.")]) -> None:
     """Run one stage in this process, whether or not it is up to date (what DVC calls)."""
     from headrace.commands.stage import run_stage
