@@ -266,6 +266,18 @@ def test_a_union_counts_the_rows_of_both_sources(project: Project, tmp_path: Pat
     assert forecast(Project(tmp_path)).shape.num_rows == 801
 
 
+def test_an_example_that_is_not_there_yet_is_known(tmp_path: Path):
+    """A fresh clone has no raw data, and its forecast is that of the flights all the same."""
+    (tmp_path / "params.yaml").write_text(
+        "version: 1\nmodels: [baseline]\nraw: {example: flights}\n"
+        "extract: {sources: {flights: data/raw/flights.csv}, targets: [late]}\n"
+    )
+    init(tmp_path)
+    told = forecast(Project(tmp_path))
+    assert told.shape.num_rows == 336_776
+    assert told.stages[0].stage == "raw"
+
+
 def test_earlier_runs_replace_the_rates(project: Project):
     """What the journal has is scaled by the rows that the last extract had."""
     journal = open_run(project.journal, kind="repro")

@@ -93,6 +93,7 @@ def test_what_was_added_by_hand_stays(project: Project):
         "    - data/extract\n    params:\n    - reduce\n", "    params:\n    - reduce\n"
     )
     text += "  mine:\n    cmd: echo hello\n"
+    text = text.replace("plots:\n", "plots:\n- mine.csv: {x: a, y: b}\n", 1)
     path.write_text(text)
 
     done = upgrade(project)
@@ -103,7 +104,19 @@ def test_what_was_added_by_hand_stays(project: Project):
     assert (stages["reduce"]["desc"], stages["reduce"]["meta"]) == ("narrow", {"threads": 1})
     assert stages["mine"] == {"cmd": "echo hello"}
     assert "# mine" in path.read_text()
+    plots = yaml.safe_load(path.read_text())["plots"]
+    assert [list(plot) for plot in plots] == [["mine.csv"], ["data/evaluate/plots"]]
     assert upgrade(project).written == ()
+
+
+def test_a_pipeline_from_before_gets_what_is_new(project: Project):
+    """An older dvc.yaml without a stage, a field or plots has them afterwards."""
+    path = project.root / "dvc.yaml"
+    whole = yaml.safe_load(path.read_text())
+    old = {"stages": {k: v for k, v in whole["stages"].items() if k != "publish"}}
+    path.write_text(yaml.safe_dump(old))
+    assert upgrade(project).stages == ("publish",)
+    assert yaml.safe_load(path.read_text()) == whole
 
 
 def test_a_database_brings_its_watermark_and_takes_it_away(project: Project):

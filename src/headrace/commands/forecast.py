@@ -11,13 +11,14 @@ import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from headrace.commands.costs import Cost, Shape, stage_cost
 from headrace.commands.pipeline import Dag, changes, locked_entries, read_dag, use_without_git
 from headrace.commands.settings import Settings, read_settings
 from headrace.commands.sizes import SourceSize, measure_sources
-from headrace.commands.upgrade import declared_sources
+from headrace.commands.upgrade import declared_sources, has_example
 from headrace.commands.why import Verdict, judge
 from headrace.errors import IntegrityError, ResourceError
 from headrace.memory import format_bytes
@@ -27,8 +28,18 @@ from headrace.schema import FEATURE_ROLES, read_contract
 from headrace.storage import read_json
 from headrace.tracking.history import list_runs, read_run, run_path
 
+if TYPE_CHECKING:
+    from headrace.data.scan import Source
+
 RUN_BYTES = 430 << 20  # flow, its server and DVC beside a stage (measured)
 _AROUND_BYTES = {"flow": RUN_BYTES, "repro": 130 << 20, "stage": 0}  # by kind of run
+_EXAMPLE = {  # bytes and rows of the tables that the stage `raw` makes
+    "airlines.csv": (386, 16),
+    "airports.csv": (104_302, 1_458),
+    "flights.csv": (31_053_850, 336_776),
+    "planes.csv": (247_198, 3_322),
+    "weather.csv": (2_294_215, 26_115),
+}
 _MAX_HASHED_BYTES = 1 << 30  # new inputs up to this size are hashed to see whether they changed
 _FLOW_START_S = 12.0
 _MANY_RUNS = 20  # how far back the journal is read
@@ -201,16 +212,25 @@ def forecast(project: Project) -> Forecast:
 
 
 def _sizes(project: Project, settings: Settings) -> list[SourceSize]:
-    """Measure the sources; those that the stage ``raw`` has yet to make count nothing."""
-    sources = declared_sources(settings)
-    is_made_later = "raw" in settings.content and not project.data("raw").is_dir()
-    if is_made_later:
-        sources = {
-            name: source
-            for name, source in sources.items()
-            if not (source.path or "").startswith("data/raw/")
-        }
-    return measure_sources(project.root, sources)
+    """Measure the sources; those that the stage ``raw`` has yet to make are known."""
+    declared = declared_sources(settings)
+    present = _present(project, settings)
+    found = measure_sources(project.root, present)
+    for name in [name for name in declared if name not in present]:
+        file = Path(declared[name].path or "").name
+        num_bytes, num_rows = _EXAMPLE.get(file, (0, None))
+        found.append(SourceSize(name, 1, num_bytes, num_rows, num_bytes, is_exact=True))
+    return found
+
+
+def _present(project: Project, settings: Settings) -> "dict[str, Source]":
+    """Return the sources but those that the stage ``raw`` has yet to make."""
+    is_made_later = has_example(settings) and not project.data("raw").is_dir()
+    return {
+        name: source
+        for name, source in declared_sources(settings).items()
+        if not (is_made_later and (source.path or "").startswith("data/raw/"))
+    }
 
 
 def _shape(project: Project, settings: Settings, sizes: list[SourceSize]) -> Shape:
@@ -258,7 +278,7 @@ def _columns_of(project: Project, settings: Settings) -> int:
     from headrace.data.scan import find_files
 
     num_columns = 0
-    for found in find_files(project.root, declared_sources(settings)):
+    for found in find_files(project.root, _present(project, settings)):
         if not found.files:
             continue
         path = found.files[0].path

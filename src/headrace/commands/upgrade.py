@@ -256,6 +256,8 @@ def _with_additions(text: str, path: Path) -> str:
                 present[name][field] = entry[field]
             elif field not in entry:
                 present[name].pop(field, None)
+    plots = found.setdefault("plots", [])
+    plots += [plot for plot in wanted.get("plots", []) if _plain(plot) not in _plain(plots)]
     if _plain(found) == before:
         return path.read_text(encoding="utf-8")
     out = StringIO()
