@@ -66,7 +66,9 @@ def test_what_a_stage_tells_is_read_back(folder: Path, tmp_path: Path) -> None:
     stage.metrics({"loss": 0.5}, step=0)
     stage.metrics({"loss": float("nan")}, step=1)
     stage.file(figure, folder="figures")
-    stage.dataset("flights", path=Path("data/reduce"), digest="d" * 64, num_rows=7, context="train")
+    stage.dataset(
+        "flights", path=tmp_path / "data/reduce", digest="d" * 64, num_rows=7, context="train"
+    )
     stage.note("**fine**")
     stage.warn("slow disk")
     stage.warn("slow disk")
@@ -89,6 +91,7 @@ def test_what_a_stage_tells_is_read_back(folder: Path, tmp_path: Path) -> None:
     kept = kept_file(folder, told.of_kind("file")[0].data["sha256"])
     assert kept.read_text() == "<svg/>"
     assert told.of_kind("dataset")[0].data["rows"] == 7
+    assert told.of_kind("dataset")[0].data["path"] == "data/reduce"
     assert [event.data["text"] for event in told.of_kind("warn")] == ["slow disk"]
     assert warned == ["slow disk"]
     assert (told.peak_bytes, told.exit_code) == (1234, 0)

@@ -90,12 +90,14 @@ def tell_a_run(project: Path, *, num_epochs: int = 3, is_closed: bool = True) ->
     train.close("finished", exit_code=0)
     evaluate = run.stage("evaluate", on_warning=told.append)
     evaluate.dataset("flights", path=Path("data"), digest="e" * 64, num_rows=4, context="test")
+    evaluate.dataset("flights", path=Path("data"), digest="e" * 64, num_rows=3, context="valid")
     evaluate.file(figure, folder="figures")
     evaluate.note("**tied**: none")
     evaluate.close("finished", exit_code=0)
     if is_closed:
         run.results(RESULTS)
-        run.file(figure)
+        run.file(figure.rename(project / "summary.svg"))
+        figure = project / "summary.svg"
         run.state(
             lineage="l" * 64, stage_keys={"train@catboost": "k" * 64}, unchanged={"reduce": None}
         )
@@ -166,9 +168,12 @@ def test_a_run_is_replicated_in_full(project: Path) -> None:
     assert evaluate["files"] == ["figures/forest.svg"]
     assert evaluate["tags"]["headrace.split_digest"] == "e" * 64
     assert parent["metrics"]["test/late/roc_auc/catboost_ci_high"][0][0] == 0.931
-    assert parent["files"] == ["forest.svg"]
+    assert parent["files"] == ["figures/forest.svg", "summary.svg"]
     assert parent["params"] == {"train/catboost.depth": "6", "train/catboost.loss": "Logloss"}
-    assert parent["inputs"] == [("flights", "d" * 36, "train"), ("flights", "e" * 36, "test")]
+    assert parent["inputs"] == [
+        ("flights", "d" * 36, "train"),
+        ("flights", "e" * 36, "test, valid"),
+    ]
     assert parent["tags"]["headrace.lineage"] == "l" * 64
     assert "0.9213 [0.911, 0.931]" in parent["tags"]["mlflow.note.content"]
     assert by_name["reduce (reused)"]["tags"]["headrace.reused_from"] == "unknown"
@@ -340,7 +345,7 @@ def test_history_survives_moving_and_copying_the_folder(project: Path, tmp_path,
     client = connect(find_store(moved))
     experiment = client.get_experiment_by_name("flights")
     parent = replica.find_parent(client, experiment.experiment_id, run.run_id)
-    assert [info.path for info in client.list_artifacts(parent)] == ["forest.svg"]
+    assert [info.path for info in client.list_artifacts(parent)] == ["figures", "summary.svg"]
     assert client.get_run(parent).info.artifact_uri.startswith(moved.as_uri() + "/")
     assert experiment.artifact_location.startswith(moved.as_uri() + "/")
     assert repair_location(moved) == 0
@@ -593,7 +598,7 @@ def test_a_server_takes_what_was_pending_when_it_comes(tmp_path, monkeypatch, fr
     assert (first.pending, second.sent, second.pending) == (1, 2, 0)
     assert len(there) == 8
     parents = [entry for entry in there if entry["tags"]["headrace.kind"] == "run"]
-    assert [entry["files"] for entry in parents] == [["forest.svg"]] * 2
+    assert [entry["files"] for entry in parents] == [["figures/forest.svg", "summary.svg"]] * 2
     assert sorted(path.name for path in project.iterdir()) == [".headrace"]
 
 

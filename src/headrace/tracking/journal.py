@@ -166,7 +166,7 @@ class StageJournal:
             "dataset",
             {
                 "name": name,
-                "path": path.as_posix(),
+                "path": _in_project(self.run.folder, path),
                 "digest": digest,
                 "rows": int(num_rows),
                 "context": context,
@@ -389,6 +389,13 @@ def _keep_file(folder: Path, path: Path, artifact_folder: str) -> dict[str, Any]
         "sha256": entry.digest,
         "bytes": entry.num_bytes,
     }
+
+
+def _in_project(folder: Path, path: Path) -> str:
+    """Return ``path`` as seen from the project's root, which may move; elsewhere as it is."""
+    root = folder.parent.parent.resolve()
+    whole = path.resolve()
+    return (whole.relative_to(root) if whole.is_relative_to(root) else path).as_posix()
 
 
 def _remove_progress(folder: Path, run_id: str) -> None:

@@ -215,6 +215,9 @@ class _Sender:
         self._send_inputs(parent, [event for stage in made.values() for event in stage.events])
         if run.results:
             self._send_results(run, parent, child_of)
+            if "evaluate" in made:
+                told = made["evaluate"].of_kind("file")
+                self._send_files(parent, [event for event in told if _is_for_parent(event)])
         self._finish(parent, status=run.status, ended=run.closed)
         self._set_tags(parent, {SEQ_TAG: str(run.last_seq)})
 
@@ -328,23 +331,26 @@ class _Sender:
     def _send_inputs(self, run: str, events: Iterable[Event]) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        inputs = {}
+        # MLflow keeps one context per data set and run, so several uses of one are told together.
+        uses: dict[tuple[str, str], list[Event]] = {}
         for event in events:
-            if event.kind != "dataset":
-                continue
-            told = event.data
+            if event.kind == "dataset":
+                uses.setdefault((event.data["name"], event.data["digest"]), []).append(event)
+        inputs = []
+        for (name, digest), told in uses.items():
+            rows = {event.data["context"]: event.data["rows"] for event in told}
             data = Dataset(
-                name=told["name"],
-                digest=told["digest"][:_DIGEST_LENGTH],
+                name=name,
+                digest=digest[:_DIGEST_LENGTH],
                 source_type="local",
-                source=json.dumps({"uri": told["path"]}),
-                profile=json.dumps({"num_rows": told["rows"], "digest": told["digest"]}),
+                source=json.dumps({"uri": told[0].data["path"]}),
+                profile=json.dumps({"num_rows": rows, "digest": digest}),
             )
-            key = (told["name"], told["digest"], told["context"])
-            inputs[key] = DatasetInput(data, [InputTag("mlflow.data.context", told["context"])])
+            context = InputTag("mlflow.data.context", ", ".join(rows))
+            inputs.append(DatasetInput(data, [context]))
         if inputs:
             self._check_time()
-            self._client.log_inputs(run, datasets=list(inputs.values()))
+            self._client.log_inputs(run, datasets=inputs)
 
     def _send_results(self, run: Run, parent: str, child_of: Mapping[str, str]) -> None:
         """Put the evaluation on the parent, and each model's part on the child of that model."""
@@ -495,6 +501,11 @@ def _stage_tags(stage: StageRun) -> dict[str, str]:
         if event.data["context"] == "test":
             tags["headrace.split_digest"] = event.data["digest"]
     return tags
+
+
+def _is_for_parent(event: Event) -> bool:
+    """Tell whether a file of ``evaluate`` answers what a person opens a run for."""
+    return event.data["name"] == "report.html" or "forest" in event.data["name"]
 
 
 def _metrics(values: Mapping[str, Any], *, moment: float, step: int) -> "list[Metric]":
