@@ -24,7 +24,7 @@ test: setup lint
 	@$(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
 
 slow: setup
-	@$(BIN)/python -m pytest -m "slow" -n 2 --dist worksteal
+	@$(BIN)/python -m pytest -m "slow" -n 2 --dist loadfile
 
 lint: setup
 	@$(BIN)/ruff format --check .
