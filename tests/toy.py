@@ -1,9 +1,14 @@
 """A small DVC project whose stages cost nothing: what the commands around the DAG are tried on."""
 
+import atexit
+import functools
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+from headrace.commands.pipeline import environment
 from headrace.project import Project
 
 STEP = """\
@@ -79,3 +84,21 @@ def edit(path: Path, old: str, new: str) -> None:
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new))
+
+
+def repro_toy(project: Project) -> None:
+    """Bring the toy up to date with DVC alone."""
+    subprocess.run(
+        [sys.executable, "-m", "dvc", "repro", "--quiet"],
+        cwd=project.root,
+        env=environment(),
+        check=True,
+    )
+
+
+@functools.cache
+def shared_prefect_home() -> Path:
+    """One Prefect database for all tests of a process: making it takes seconds."""
+    folder = tempfile.mkdtemp(prefix="headrace-prefect-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)

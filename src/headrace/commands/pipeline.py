@@ -14,6 +14,7 @@ import re
 import shutil
 import sys
 import sysconfig
+import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -125,7 +126,8 @@ def read_dag(project: Project) -> Dag:
     from dvc.repo import Repo
 
     try:
-        with Repo(str(project.root)) as repo:
+        with warnings.catch_warnings(), Repo(str(project.root)) as repo:
+            warnings.simplefilter("ignore", DeprecationWarning)  # pygtrie's, inside DVC
             graph = repo.index.graph
             found = {_name(project, stage): stage for stage in repo.index.stages}
             upstream = {
