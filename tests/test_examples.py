@@ -129,7 +129,7 @@ def test_water_runs_to_its_end_with_honest_intervals(tmp_path: Path):
 
 @pytest.mark.slow
 def test_adult_comes_near_what_others_report(tmp_path: Path):
-    """On adult.test: CatBoost 0.926 to 0.927, a network 0.905 (Gorishniy et al. 2021)."""
+    """On adult.test: CatBoost 0.926, a plain network 0.905 (Gorishniy et al. 2021)."""
     project = _copy("adult", tmp_path)
     init(project.root)
     _repro(project)

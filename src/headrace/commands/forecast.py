@@ -41,7 +41,7 @@ _EXAMPLE = {  # bytes and rows of the tables that the stage `raw` makes
     "weather.csv": (2_294_215, 26_115),
 }
 _MAX_HASHED_BYTES = 1 << 30  # new inputs up to this size are hashed to see whether they changed
-_FLOW_START_S = 12.0
+_FLOW_START_S, _STAGE_START_S = 12.0, 2.5  # server and flow; DVC and Python for each stage
 _MANY_RUNS = 20  # how far back the journal is read
 _TIGHT = 0.8  # share of the budget or the disk from which on a warning is given
 
@@ -74,8 +74,11 @@ class Forecast:
 
     @property
     def seconds(self) -> float:
-        """Seconds of all stages that run, one after the other, and of the start."""
-        return sum(one.cost.seconds for one in self.running) + _FLOW_START_S * bool(self.running)
+        """Seconds of all stages that run, one after the other, and of what starts them."""
+        if not self.running:
+            return 0.0
+        stages = sum(one.cost.seconds + _STAGE_START_S for one in self.running)
+        return _FLOW_START_S + stages
 
     @property
     def peak_bytes(self) -> int:
