@@ -4,7 +4,11 @@ import datetime
 import hashlib
 import itertools
 import json
+import os
+import signal
 import struct
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +24,7 @@ from headrace.errors import (
     ResourceError,
     SchemaError,
     SecurityError,
+    Stopped,
 )
 from headrace.params import Resources
 from headrace.schema import read_contract
@@ -339,6 +344,32 @@ def test_the_spill_cap_is_held_by_our_own_watch(tmp_path):
         engine.execute(
             "CREATE TABLE t AS SELECT i, md5(i::VARCHAR) AS h FROM range(8000000) r(i) ORDER BY h"
         )
+
+
+def test_what_a_signal_raises_stops_the_query_and_arrives_unchanged(tmp_path):
+    """Twice, because DuckDB by itself notices only the first, and as an error of its own."""
+
+    def handler(*_: object) -> None:
+        raise Stopped("stopped on request")
+
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        for _ in range(2):
+            timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM))
+            timer.start()
+            started = time.monotonic()
+            with (
+                pytest.raises(Stopped, match="on request"),
+                open_engine(
+                    tmp_path, memory_budget=1 << 30, threads=2, max_spill=1 << 30
+                ) as engine,
+            ):
+                engine.rows("SELECT count(*) FROM range(10000000000) r(i) WHERE md5(i::TEXT) = ''")
+            timer.join()
+            assert time.monotonic() - started < 10
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_engine_is_locked_down(tmp_path):

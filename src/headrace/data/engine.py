@@ -17,7 +17,8 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent import futures
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ class Engine:
         self._connection = connection
         self._watch = watch
         self._need = need
+        self._worker = futures.ThreadPoolExecutor(1, thread_name_prefix="duckdb")
 
     def execute(self, sql: str, *, place: Place | None = None) -> None:
         """Run ``sql`` for its effect.
@@ -78,7 +80,10 @@ class Engine:
         if self._watch.excess:
             raise ResourceError(self._watch.excess)
         try:
-            return self._connection.execute(sql).fetchall()
+            found: list[tuple[Any, ...]] = self._run(
+                lambda: self._connection.execute(sql).fetchall()
+            )
+            return found
         except duckdb.Error as error:
             raise self._ours(error, place) from error
 
@@ -107,6 +112,26 @@ class Engine:
         except duckdb.Error as error:
             raise self._ours(error, place) from error
         return [str(statement.type).rpartition(".")[2] for statement in found]
+
+    def close(self) -> None:
+        """Stop what still runs and close the connection."""
+        self._worker.shutdown()
+        self._connection.close()
+
+    def _run(self, work: Callable[[], Any]) -> Any:
+        """Run ``work`` in a thread of its own, so that signals reach Python while it runs.
+
+        Inside a query DuckDB turns what a signal's handler raises into "Query interrupted", and a
+        second time it does not notice at all; here the query is stopped and the error passed on.
+        """
+        running = self._worker.submit(work)
+        try:
+            return running.result()
+        except BaseException:
+            while not running.done():
+                self._connection.interrupt()
+                futures.wait([running], timeout=_POLL_S)
+            raise
 
     def _ours(self, error: duckdb.Error, place: Place | None) -> HeadraceError:
         if excess := self._watch.excess:
@@ -177,8 +202,8 @@ def open_engine(
             f"it had {format_bytes(memory)} with {threads} threads: set resources.memory_budget "
             f"to {format_bytes(2 * memory_budget)} or more, or resources.threads to 1"
         )
-        with watch:
-            yield Engine(connection, watch, need=need)
+        with watch, contextlib.closing(Engine(connection, watch, need=need)) as engine:
+            yield engine
     finally:
         connection.close()
         shutil.rmtree(private, ignore_errors=True)
@@ -277,6 +302,10 @@ def _parts(error: duckdb.Error) -> tuple[str, str, int | None]:
         content = {}
     kind = str(content.get("exception_type", text.partition(" Error:")[0]))
     message = str(content.get("exception_message", text)).strip()
+    if nested := re.search(
+        r'\{"exception_type".*?"exception_message":"((?:[^"\\]|\\.)*)"', message
+    ):
+        message = nested[1].replace('\\"', '"')  # a thread's error inside another
     message = re.sub(r"\s*\n\s*", "; ", re.split(r"\n+(?:Possible solutions|LINE \d+)", message)[0])
     position = content.get("position")
     return kind, message, int(position) if position is not None else None
