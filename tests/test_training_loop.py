@@ -122,7 +122,7 @@ def values_of(recorder, name):
 def test_and_or_and_xor_are_learnt(tmp_path, labels):
     x = torch.tensor([[0.0, 0], [0, 1], [1, 0], [1, 1]])
     learner = Toy(plain(), x, torch.tensor(labels, dtype=torch.float32), batch_rows=4)
-    outcome, _ = go(learner, tmp_path, max_epochs=250, patience=250)
+    outcome, _ = go(learner, tmp_path, max_epochs=100, patience=100, learning_rate=0.05)
 
     assert outcome.best_loss < 1e-3
 

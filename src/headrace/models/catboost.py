@@ -20,7 +20,8 @@ in the checkpoint folder. Trees are the same with 1 and 2 threads, so ``threads`
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, cast
@@ -358,13 +359,19 @@ def _fit_target(
     curve = _Curve(target, params.iterations, recorder)
     folder.mkdir(parents=True, exist_ok=True)
     model = CatBoost(_settings(params, target, task_type, folder))
-    try:
+
+    def learn(callbacks: list[_Curve] | None) -> None:
         model.fit(
             _pool(rows, target, rows.learn & is_known, config),
             eval_set=_pool(rows, target, rows.stop & is_known, config),
-            # CatBoost calls back on the CPU only.
-            callbacks=[curve] if task_type == "CPU" else None,
+            callbacks=callbacks,
         )
+
+    try:
+        if task_type == "CPU":
+            _stoppable(learn, curve)
+        else:
+            learn(None)  # on a GPU CatBoost calls nobody back
     except KeyboardInterrupt as error:  # what any signal becomes inside CatBoost
         raise Stopped(
             f"training of target {target.name!r} was stopped; run again to go on from its snapshot"
@@ -374,6 +381,21 @@ def _fit_target(
     if curve.error is not None:
         raise curve.error
     return model
+
+
+def _stoppable(learn: Callable[["list[_Curve]"], None], curve: "_Curve") -> None:
+    """Run ``learn`` in a thread, so that what stops this one stops the training too.
+
+    An exception from a signal handler that strikes inside CatBoost's own callback code is dropped
+    there, and training would go on; here it strikes the waiting main thread. The tree in progress
+    is finished first.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="catboost") as threads:
+        training = threads.submit(learn, [curve])
+        try:
+            training.result()
+        finally:
+            curve.is_stopped = True
 
 
 def _pool(rows: _TrainRows, target: Target, chosen: npt.NDArray[np.bool_], config: _Config) -> Any:
@@ -427,16 +449,16 @@ class _Curve:
     target: Target
     iterations: int
     recorder: Recorder
-    error: BaseException | None = field(default=None, init=False)
+    error: Exception | None = field(default=None, init=False)
+    is_stopped: bool = field(default=False, init=False)
 
     def after_iteration(self, info: Any) -> bool:
         """Record a point of the learning curve; return whether to go on."""
         try:
             self._tell(info)
-        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 -- raised again after the fit
+        except Exception as error:  # noqa: BLE001 -- raised again after the fit
             self.error = error
-            return False
-        return True
+        return self.error is None and not self.is_stopped
 
     def _tell(self, info: Any) -> None:
         name = _LOSS[self.target.task]

@@ -40,7 +40,7 @@ from headrace.storage import canonical_json, digest_bytes, read_json, write_json
 from headrace.training.checkpoint import Checkpoints
 from headrace.training.device import RandomStream, pick_device, torch_threads
 from headrace.training.loop import Losses, LossMeans, Outcome, train_network
-from headrace.training.params import TrainingParams
+from headrace.training.params import TrainingParams, batch_rows_for
 
 _CONFIG = "network.json"
 _WEIGHTS = "weights.safetensors"
@@ -258,7 +258,7 @@ def fit_multihead(
             views,
             learn=learn,
             stop=fold == views.stop_fold,
-            batch_rows=training.batch_rows,
+            batch_rows=training.batch_rows or batch_rows_for(int(learn.sum())),
             seed=training.seed,
             factors={target.name: target_weights.get(target.name, 1.0) for target in targets},
             device=device,
@@ -356,6 +356,7 @@ class _Learner:
         self._scales = config.scales
         self._factors = factors
         self._device = device
+        self.batch_rows = batch_rows
         self.num_rows = self._stream.num_rows
         self.num_held_back = self._held_back.num_rows
         self.num_batches = len(self._stream)
@@ -484,6 +485,7 @@ def _record(recorder: Recorder, learner: _Learner, device: torch.device) -> None
             "device": device.type,
             "rows_learnt_from": learner.num_rows,
             "rows_held_back": learner.num_held_back,
+            "batch_rows": learner.batch_rows,
             "parameters": sum(p.numel() for p in learner.network.parameters()),
         }
     )

@@ -87,7 +87,6 @@ class Learner(Protocol):
     """What the loop trains: a network, its batches and its losses."""
 
     network: nn.Module
-    num_rows: int  # learnt from in one epoch
     num_batches: int  # at most, in one epoch
 
     def batches(self, epoch: int, *, used: int) -> Iterable[Any]:
