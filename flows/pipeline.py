@@ -253,7 +253,7 @@ def _show(project: Project) -> None:
                     "model": row.model,
                     "value [95 % interval]": row.interval,
                     "against the chosen": row.verdict,
-                    "unit": f"{row.num_units} {row.unit}",
+                    "unit": f"{row.num_units} {row.unit}s",
                 }
                 for row in rows
             ],

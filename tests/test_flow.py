@@ -25,6 +25,7 @@ from headrace.commands.run import run_pipeline
 from headrace.commands.servers import free_port, prefect_server
 from headrace.commands.supervise import Group
 from headrace.errors import DataError, DependencyError, HeadraceError
+from headrace.project import Project
 from headrace.tracking.history import list_runs, read_run, run_path
 from tests.toy import STAGES, edit, make_toy, shared_prefect_home
 
@@ -90,6 +91,18 @@ def flow_states() -> list[tuple[str, str]]:
     return found
 
 
+@pytest.fixture(scope="module")
+def api(tmp_path_factory):
+    """A Prefect server for many runs; each starts its own flow process."""
+    folder = tmp_path_factory.mktemp("server")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFECT_HOME", str(shared_prefect_home()))
+        with prefect_server(
+            Project(folder), Group(), port=free_port(), log=folder / "prefect.log"
+        ) as running:
+            yield f"{running.url}/api"
+
+
 @pytest.fixture
 def home(monkeypatch):
     monkeypatch.setenv("PREFECT_HOME", str(shared_prefect_home()))
@@ -97,15 +110,8 @@ def home(monkeypatch):
 
 
 @pytest.fixture
-def server(home, tmp_path, monkeypatch):
-    """A Prefect server for several runs of one test; each starts its own flow process."""
-    from headrace.project import Project
-
-    with prefect_server(
-        Project(tmp_path), Group(), port=free_port(), log=tmp_path / "prefect.log"
-    ) as running:
-        monkeypatch.setenv("PREFECT_API_URL", f"{running.url}/api")
-        yield running
+def server(home, api, monkeypatch):
+    monkeypatch.setenv("PREFECT_API_URL", api)
 
 
 @slow
@@ -134,7 +140,7 @@ def test_both_doors_leave_the_other_nothing_to_do(server, tmp_path):
     edit(project.params, "last: {value: 4}", "last: {value: 5}")
     assert "last" in repro_here(project)
     assert "skipped, data unchanged" in run_toy(project)
-    assert (project.root / "data/last/x.txt").read_text() == "5 7 1 0 3 1 0".replace(" 0", "")
+    assert (project.root / "data/last/x.txt").read_text() == "5 7 1 3 1"
 
     runs = [read_run(run_path(project.journal, name)) for name in list_runs(project.journal)]
     assert [(run.kind, run.status) for run in runs] == [
@@ -183,9 +189,7 @@ def test_stages_that_declare_little_run_at_the_same_time(server, tmp_path):
     edit(
         project.root / "dvc.yaml",
         "    - data/train/${item.model}\n",
-        "    - data/train/${item.model}\n    meta: {threads: 1, bytes: 1MiB}\n".replace(
-            "    - data", "    - data"
-        ),
+        "    - data/train/${item.model}\n    meta: {threads: 1, bytes: 1MiB}\n",
     )
     edit(project.params, "a: {value: 2,", "a: {value: 2, sleep: 3,")
     edit(project.params, "b: {value: 3}", "b: {value: 3, sleep: 3}")
@@ -214,13 +218,12 @@ def family(pid: int) -> list[psutil.Process]:
 
 
 @slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_leaves_no_process_exits_75_and_can_be_resumed(home, tmp_path, number):
+def test_a_stop_leaves_no_process_exits_75_and_can_be_resumed(home, tmp_path):
     project = make_toy(tmp_path / "toy")
     process, stage_pid = start(project, tmp_path)
     children = family(process.pid)
 
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
 
     assert process.returncode == 75

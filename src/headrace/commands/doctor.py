@@ -66,7 +66,8 @@ def doctor(project: Project | None, *, console: Console) -> None:
             line += f": {finding.remedy}"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if problems:
-        raise DependencyError(f"doctor found {problems} problems; each line above has its remedy")
+        count = "1 problem" if problems == 1 else f"{problems} problems"
+        raise DependencyError(f"doctor found {count}; each line above has its remedy")
 
 
 def examine(project: Project | None) -> Iterator[Finding]:

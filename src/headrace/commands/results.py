@@ -4,6 +4,7 @@ Read from the outs of ``evaluate`` and from the journal; nothing is computed her
 """
 
 import math
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ class Result:
 
     @property
     def interval(self) -> str:
-        """The value with its interval, as text."""
+        """The value with its interval, to two digits of the interval's width."""
         if self.value is None:
             return "undefined"
         # As many decimals for the bounds as four digits of the value need.

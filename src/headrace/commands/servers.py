@@ -203,8 +203,8 @@ def _open(url: str, data: bytes | None) -> bytes | None:
     is_local = urlsplit(url).hostname in (HOST, "localhost", "::1")
     opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if is_local else []))
     headers = {"Content-Type": "application/json", **_credentials()}
-    request = urllib.request.Request(url, data=data, headers=headers)
     try:
+        request = urllib.request.Request(url, data=data, headers=headers)
         with opener.open(request, timeout=_ANSWER_TIMEOUT_S) as response:
             return bytes(response.read())
     except (OSError, ValueError):  # no connection, no success, no URL

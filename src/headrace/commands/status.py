@@ -67,7 +67,8 @@ def print_status(found: Status, console: Console) -> None:
         console.print(f"{name:<12} {format_bytes(size)}", highlight=False)
     console.print(_last(found.last_run), highlight=False, soft_wrap=True)
     stale = [stage.stage for stage in found.stages if stage.state != "fresh"]
-    told = f"{len(stale)} stages are not up to date: headrace why" if stale else "all up to date"
+    count = "1 stage is" if len(stale) == 1 else f"{len(stale)} stages are"
+    told = f"{count} not up to date: headrace why" if stale else "all stages are up to date"
     console.print(told, highlight=False)
 
 
