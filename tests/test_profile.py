@@ -140,7 +140,8 @@ def test_texts_flags_and_dates_are_described(tmp_path, data):
     assert sum(found["day"]["histogram"]["counts"]) == ROWS
 
 
-def test_neither_threads_nor_order_change_a_digit(tmp_path, data):
+def test_neither_threads_nor_order_change_a_digit(tmp_path, data, monkeypatch):
+    monkeypatch.setattr("headrace.data.profile._DIGITS", 17)  # every bit, not only what is shown
     wide = {name: np.concatenate([values] * 30) for name, values in data.items()}
     wide["x"] = wide["x"] * np.random.default_rng(1).uniform(0.9, 1.1, len(wide["x"]))
     table = as_table(wide)
