@@ -18,11 +18,7 @@ from typing import Any
 from uuid import UUID
 
 from prefect import flow, get_client, task
-from prefect.artifacts import (
-    create_link_artifact,
-    create_markdown_artifact,
-    create_table_artifact,
-)
+from prefect.artifacts import create_link_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.exceptions import ObjectNotFound, TerminationSignal
@@ -42,12 +38,13 @@ from headrace.commands.pipeline import (
     read_dag,
     use_without_git,
 )
+from headrace.commands.servers import HOST, MLFLOW_PORT
 from headrace.commands.supervise import die_with_parent
 from headrace.errors import DependencyError, HeadraceError, Stopped
 from headrace.params import Resources, parse_section, read_yaml
 from headrace.project import Project
 from headrace.storage import write_file
-from headrace.tracking.location import redact
+from headrace.tracking.location import find_store
 from headrace.tracking.owner import is_alive, process_mark
 
 SKIPPED = "skipped, data unchanged"
@@ -81,6 +78,7 @@ def stage(name: str, execution: Execution) -> State[Any]:
 @task(task_run_name="sync", cache_policy=NO_CACHE, persist_result=False)
 def sync(execution: Execution) -> None:
     """Bring the run to MLflow; what cannot be delivered waits in the journal."""
+    execution.wait_for("bringing the run to MLflow")
     if problem := deliver(execution.project, execution.logs):
         execution.say(problem)
 
@@ -260,10 +258,14 @@ def _show(project: Project) -> None:
             description="Test rows, primary metric of each target",
         )
     if path := results.report(project):
-        create_markdown_artifact(key="report", markdown=f"The report: `{path}`")
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    if uri.startswith("http"):
-        create_link_artifact(key="mlflow", link=redact(uri), link_text="MLflow")
+        create_link_artifact(key="report", link=path.as_uri(), link_text="the report")
+    store = find_store(project.root)
+    is_remote = store.uri.startswith(("http://", "https://"))
+    create_link_artifact(
+        key="mlflow",
+        link=store.name if is_remote else f"http://{HOST}:{MLFLOW_PORT}",
+        link_text="MLflow" if is_remote else "MLflow, while `headrace ui` runs",
+    )
 
 
 if __name__ == "__main__":

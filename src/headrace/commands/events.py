@@ -12,6 +12,7 @@ RUN_OPENED = "run_opened"  # run_id
 STAGE_STARTED = "stage_started"  # stage
 STAGE_ENDED = "stage_ended"  # stage, state, seconds, peak_bytes
 MESSAGE = "message"  # text
+WAITING = "waiting"  # text: what the run does beside its stages
 ENDED = "ended"  # state, exit_code, message
 
 

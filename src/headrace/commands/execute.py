@@ -19,6 +19,7 @@ from headrace.commands.events import (
     RUN_OPENED,
     STAGE_ENDED,
     STAGE_STARTED,
+    WAITING,
     EventLog,
 )
 from headrace.commands.failure import Failure, clear_failure
@@ -107,6 +108,10 @@ class Execution:
     def say(self, text: str) -> None:
         """Tell a sentence to whoever shows this run."""
         self._events.tell(MESSAGE, text=text)
+
+    def wait_for(self, text: str) -> None:
+        """Tell what the run does now that is no stage."""
+        self._events.tell(WAITING, text=text)
 
     def _ended(self, result: Outcome) -> Outcome:
         self._events.tell(

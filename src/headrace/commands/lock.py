@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
+from rich.console import Console
 
 from headrace.errors import DependencyError
 from headrace.project import Project
@@ -73,6 +74,16 @@ def lock_folder(
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def told_to(console: Console) -> Callable[[Holder], None]:
+    """What tells a person at ``console`` who is waited for."""
+
+    def tell(holder: Holder) -> None:
+        text = f"waiting for `{holder.command}` (pid {holder.pid}, since {holder.since})"
+        console.print(text, markup=False, highlight=False)
+
+    return tell
 
 
 def _try(descriptor: int) -> bool:

@@ -9,6 +9,7 @@ A stage may declare what it needs in its ``meta`` in dvc.yaml: ``threads``, ``by
 ``timeout_s``. One that does not is taken to need all of ``resources``, so it runs alone.
 """
 
+import json
 import os
 import re
 import shutil
@@ -147,19 +148,19 @@ def changes(project: Project, dag: Dag) -> dict[str, list[Any]]:
     Raises:
         DependencyError: if DVC cannot tell.
     """
-    import json
-
-    log = project.logs / "status.log"
-    log.unlink(missing_ok=True)
-    finished = run(
-        [*DVC, "status", "--json"],
-        cwd=project.root,
-        log=log,
-        env=environment(),
-        timeout_s=_STATUS_TIMEOUT_S,
-    )
-    text = log.read_text(encoding="utf-8", errors="replace")
-    start = text.rfind("\n{") + 1 if not text.startswith("{") else 0
+    log = project.logs / f"status-{os.getpid()}.log"
+    try:
+        finished = run(
+            [*DVC, "status", "--json"],
+            cwd=project.root,
+            log=log,
+            env=environment(),
+            timeout_s=_STATUS_TIMEOUT_S,
+        )
+        text = log.read_text(encoding="utf-8", errors="replace")
+    finally:
+        log.unlink(missing_ok=True)
+    start = text.rfind("\n{") + 1 if not text.startswith("{") else 0  # after DVC's warnings
     try:
         content = json.loads(text[start:])
     except json.JSONDecodeError as error:

@@ -15,7 +15,7 @@ from headrace.commands.display import Display
 from headrace.commands.events import LineReader
 from headrace.commands.execute import RESUME, deliver, journaled, measured, record_state
 from headrace.commands.failure import Failure, clear_failure
-from headrace.commands.lock import lock_folder
+from headrace.commands.lock import lock_folder, told_to
 from headrace.commands.pipeline import (
     DVC,
     Dag,
@@ -49,7 +49,7 @@ def repro(project: Project, stages: Sequence[str], *, wait: bool, console: Conso
     """
     with (
         stop_on_signals(RESUME),
-        lock_folder(project, "headrace repro", wait=wait) as lock,
+        lock_folder(project, "headrace repro", wait=wait, on_wait=told_to(console)) as lock,
     ):
         use_without_git(project)
         dag = read_dag(project)

@@ -20,11 +20,12 @@ from headrace.commands.events import (
     RUN_OPENED,
     STAGE_ENDED,
     STAGE_STARTED,
+    WAITING,
     EventReader,
 )
 from headrace.commands.execute import RESUME, deliver, prune_logs
 from headrace.commands.failure import Failure
-from headrace.commands.lock import Holder, lock_folder
+from headrace.commands.lock import lock_folder, told_to
 from headrace.commands.pipeline import (
     Dag,
     changes,
@@ -55,13 +56,9 @@ def run_pipeline(project: Project, *, wait: bool, console: Console) -> None:
         HeadraceError: what stopped the first stage that failed; ``Stopped`` on Ctrl-C.
         DependencyError: if another run holds the folder (unless ``wait``), or no server starts.
     """
-
-    def tell_wait(holder: Holder) -> None:
-        console.print(f"waiting for `{holder.command}` (pid {holder.pid}, since {holder.since})")
-
     with (
         stop_on_signals(RESUME),
-        lock_folder(project, "headrace run", wait=wait, on_wait=tell_wait) as lock,
+        lock_folder(project, "headrace run", wait=wait, on_wait=told_to(console)) as lock,
     ):
         use_without_git(project)
         dag = read_dag(project)
@@ -134,6 +131,8 @@ class Follower:
             self._display.ended(cost.stage, cost.state, cost.seconds, cost.peak_bytes)
         elif kind == MESSAGE:
             self._display.say(event["text"])
+        elif kind == WAITING:
+            self._display.wait_for(event["text"])
         elif kind == ENDED:
             self.ended = event
 

@@ -13,8 +13,6 @@ from headrace.memory import format_bytes
 from headrace.params import Resources, parse_section, read_yaml
 from headrace.project import LOCK, Project
 
-_TIED = ("chosen", "tied")
-
 
 @dataclass(frozen=True)
 class Cost:
@@ -34,8 +32,17 @@ def print_summary(project: Project, dag: Dag, costs: Sequence[Cost], console: Co
     found = results(project)
     for target in dict.fromkeys(one.target for one in found):
         own = [one for one in found if one.target == target]
+        first = own[0]
+        console.print(
+            f"{target}: {first.metric} on test rows, 95 % interval over "
+            f"{first.num_units:,} {first.unit}s",
+            style="bold",
+            markup=False,
+            highlight=False,
+        )
         console.print(_result_table(own))
-        console.print(_tie_sentence(own), markup=False, highlight=False)
+        for line in _tie_sentences(own):
+            console.print(line, markup=False, highlight=False)
     for line in _pointers(project, dag, has_results=bool(found)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -58,13 +65,7 @@ def _cost_table(costs: Sequence[Cost], budget: int) -> Table:
 
 
 def _result_table(own: Sequence[Result]) -> Table:
-    first = own[0]
-    table = Table(
-        title=f"{first.target}: {first.metric} on test rows, "
-        f"95 % interval over {first.num_units:,} {first.unit}s",
-        title_justify="left",
-        title_style="bold",
-    )
+    table = Table()
     table.add_column("model")
     table.add_column("value [interval]", justify="right")
     table.add_column("against the chosen")
@@ -73,14 +74,17 @@ def _result_table(own: Sequence[Result]) -> Table:
     return table
 
 
-def _tie_sentence(own: Sequence[Result]) -> str:
+def _tie_sentences(own: Sequence[Result]) -> list[str]:
     chosen = [one.model for one in own if one.verdict == "chosen"]
     tied = [one.model for one in own if one.verdict == "tied"]
+    better = [one.model for one in own if one.verdict == "better"]
     if not chosen:
-        return ""
-    if not tied:
-        return f"{chosen[0]} was chosen on valid rows; no other model is tied with it"
-    return f"{chosen[0]} was chosen on valid rows; tied with it: {', '.join(tied)}"
+        return []
+    ties = f"tied with it: {', '.join(tied)}" if tied else "no other model is tied with it"
+    lines = [f"{chosen[0]} was chosen on valid rows; {ties}"]
+    if better:
+        lines.append(f"better on these rows, which do not choose: {', '.join(better)}")
+    return lines
 
 
 def _pointers(project: Project, dag: Dag, *, has_results: bool) -> list[str]:
