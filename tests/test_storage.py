@@ -67,6 +67,12 @@ def test_leftovers_of_a_killed_writer_are_swept(tmp_path: Path):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_leftover_under_this_process_own_number_is_no_obstacle(tmp_path: Path):
+    (tmp_path / f".new-out.{os.getpid()}").mkdir()
+    _write(tmp_path / "out", {"a": b"whole"})
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

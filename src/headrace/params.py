@@ -17,7 +17,9 @@ from headrace.errors import ConfigError, nearest
 _MAX_NODES = 20_000
 _AMBIGUOUS = (
     (re.compile(r"^[-+]?\d+[eE][-+]?\d+$"), "write it with a point, like 1.0e-6"),
+    (re.compile(r"^[-+]?\d+\.\d*[eE]\d+$"), "write the exponent's sign, like 1.0e+6"),
     (re.compile(r"^[-+]?\.\d+([eE][-+]?\d+)?$"), "write it with a leading zero, like 0.5"),
+    (re.compile(r"^[-+]?0[oxb][\da-f_]+$", re.IGNORECASE), "write it as a decimal, or quote it"),
     (re.compile(r"^(yes|no|on|off)$", re.IGNORECASE), "write true or false, or quote it"),
     (re.compile(r"^[-+]?0[\d_]+$"), "write it without the leading zero, or quote it"),
     (re.compile(r"^[-+]?\d[\d_]*_[\d_]*$"), "write it without underscores, or quote it"),
@@ -94,7 +96,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"{path}: expected `section: ...` lines, found a {node.id}")
     _refuse_ambiguity(node, path, key="", seen=set())
-    content: dict[str, Any] = yaml.safe_load(text)
+    try:
+        content: dict[str, Any] = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, TypeError) as error:  # such as the 31st of September
+        raise ConfigError(f"{path}: {_bad_scalar(node)}: {error}") from error
     return content
 
 
@@ -144,6 +149,29 @@ def _refuse_ambiguity(node: yaml.Node, path: Path, *, key: str, seen: set[int]) 
                     f"{where}has the value {node.value}, which YAML readers understand "
                     f"differently; {remedy}"
                 )
+
+
+def _bad_scalar(node: yaml.Node, key: str = "") -> str:
+    """Say which scalar of ``node`` cannot be made into a value, by key and line."""
+    for name, child in _children(node):
+        place = f"{key}.{name}" if key else name
+        if found := _bad_scalar(child, place):
+            return found
+    if not isinstance(node, yaml.ScalarNode):
+        return "" if key else "a key or value cannot be read"
+    try:
+        yaml.safe_load(f"!!timestamp {node.value!r}" if node.tag.endswith("timestamp") else "x")
+    except (yaml.YAMLError, ValueError, TypeError):
+        return f"line {node.start_mark.line + 1}: `{key}` is {node.value!r}, which is no date"
+    return ""
+
+
+def _children(node: yaml.Node) -> list[tuple[str, yaml.Node]]:
+    if isinstance(node, yaml.MappingNode):
+        return [(str(name.value), value) for name, value in node.value]
+    if isinstance(node, yaml.SequenceNode):
+        return [(str(position), item) for position, item in enumerate(node.value)]
+    return []
 
 
 def _describe(fault: Any, kind: type[Section], key: str) -> str:

@@ -67,6 +67,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     sweep(out.parent)
     private = _private_name(out)
+    shutil.rmtree(private, ignore_errors=True)  # of a killed writer that had the same pid
     private.mkdir()
     try:
         yield private

@@ -228,6 +228,7 @@ def _checkpoint_folder(
 def _scratch(project: Project, stage: str) -> Iterator[Path]:
     sweep(project.scratch)
     folder = project.scratch / f".new-{stage}.{os.getpid()}"
+    shutil.rmtree(folder, ignore_errors=True)  # of a killed stage that had the same pid
     folder.mkdir(parents=True)
     try:
         yield folder
