@@ -209,13 +209,14 @@ def test_outside_git_dvc_is_told_so_in_its_ignored_settings(tmp_path):
     assert list(changes(project, read_dag(project))) == list(STAGES)
 
 
-def test_inside_git_nothing_is_touched(tmp_path):
-    project = make_toy(tmp_path)
-    (tmp_path / ".dvc/config").write_text("")
-    (tmp_path / ".git").mkdir()
+@pytest.mark.parametrize("repository", ["toy/.git", ".git"])
+def test_inside_git_nothing_is_touched(tmp_path, repository):
+    project = make_toy(tmp_path / "toy")
+    (project.root / ".dvc/config").write_text("")
+    (tmp_path / repository).mkdir()
 
     assert not use_without_git(project)
-    assert not (tmp_path / ".dvc/config.local").exists()
+    assert not (project.root / ".dvc/config.local").exists()
 
 
 def test_a_folder_without_dvc_is_refused_with_the_remedy(tmp_path):

@@ -2,6 +2,8 @@
 
 import io
 import os
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
@@ -24,6 +26,17 @@ def toy(tmp_path_factory):
     project = make_toy(tmp_path_factory.mktemp("toy"))
     repro_toy(project)
     return project
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from headrace.commands.lock import lock_folder
+from headrace.project import Project
+with lock_folder(Project(Path(sys.argv[1])), "headrace run", wait=False):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
 
 
 def printed(show, *arguments, width=120) -> str:
@@ -58,6 +71,24 @@ def test_a_new_project(tmp_path):
 
     assert {one.state for one in found.stages} == {"never run"}
     assert "no run yet: headrace run" in printed(print_status, found)
+
+
+def test_while_a_run_goes_on_its_progress_is_shown(toy, tmp_path):
+    journal = open_run(toy.journal, kind="flow")
+    recorder = journal.stage("train@a")
+    recorder.progress(3, 5, unit="epochs")
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(toy.root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert holder.stdout.readline() == b"held\n"
+
+    text = printed(print_status, status(toy))
+    holder.communicate(b"\n")
+    recorder.close("finished", exit_code=0)
+    journal.close("finished")
+
+    assert "running 3/5 epochs" in text
+    assert f"running: `headrace run` (pid {holder.pid})" in text
 
 
 def test_a_file_with_two_names_counts_once(tmp_path):

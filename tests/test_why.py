@@ -1,12 +1,14 @@
 """Why a stage would run: old and new values, files, and the stage upstream that brings it on."""
 
 import shutil
+import sys
 
 import pytest
 
-from headrace.commands.pipeline import changes, read_dag
+from headrace.commands.pipeline import changes, environment, read_dag
+from headrace.commands.supervise import Child
 from headrace.commands.why import judge, parameter_changes, sentences, why
-from headrace.errors import ConfigError
+from headrace.errors import ConfigError, DependencyError
 from tests.toy import STAGES, edit, make_toy, repro_toy
 
 
@@ -112,6 +114,22 @@ def test_a_verdict_says_how_far_a_change_reaches(toy):
 
     assert [verdicts[name].state for name in STAGES] == ["stale", "waiting", "waiting", "waiting"]
     assert verdicts["last"].causes == ("train@a", "train@b")
+
+
+def test_while_a_stage_runs_it_says_so(toy):
+    edit(toy.params, "last: {value: 4}", "last: {value: 4, pid: true, hang: 60}")
+    busy = Child(
+        [sys.executable, "-m", "dvc", "repro"],
+        cwd=toy.root,
+        log=toy.root / "log",
+        env=environment(),
+    )
+    while not (toy.root / "pid-last").is_file():
+        assert busy.wait(0.1) is None
+
+    with pytest.raises(DependencyError, match=r"a stage is running in .*; ask again when"):
+        why(toy)
+    busy.stop()
 
 
 def test_nested_parameter_changes_are_leaves():

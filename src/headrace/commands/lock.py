@@ -50,7 +50,7 @@ def lock_folder(
     Raises:
         DependencyError: if another run holds the folder and ``wait`` is False.
     """
-    path = project.state / "run.lock"
+    path = _path(project)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
@@ -76,6 +76,18 @@ def lock_folder(
         os.close(descriptor)
 
 
+def current_holder(project: Project) -> Holder | None:
+    """Who holds the folder at this moment, if anybody does."""
+    path = _path(project)
+    if not path.is_file():
+        return None
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        return None if _try(descriptor) else _holder(path)
+    finally:
+        os.close(descriptor)
+
+
 def told_to(console: Console) -> Callable[[Holder], None]:
     """What tells a person at ``console`` who is waited for."""
 
@@ -84,6 +96,10 @@ def told_to(console: Console) -> Callable[[Holder], None]:
         console.print(text, markup=False, highlight=False)
 
     return tell
+
+
+def _path(project: Project) -> Path:
+    return project.state / "run.lock"
 
 
 def _try(descriptor: int) -> bool:

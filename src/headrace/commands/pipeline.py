@@ -164,6 +164,11 @@ def changes(project: Project, dag: Dag) -> dict[str, list[Any]]:
     try:
         content = json.loads(text[start:])
     except json.JSONDecodeError as error:
+        if " is busy, it is being blocked by" in text:
+            raise DependencyError(
+                f"a stage is running in {project.root}; ask again when the run has ended "
+                f"(`headrace status` shows how far it is)"
+            ) from error
         raise DependencyError(
             f"`dvc status` failed with {finished.exit_code}: {last_line(finished.tail)}"
         ) from error

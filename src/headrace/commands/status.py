@@ -9,11 +9,19 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from headrace.commands.lock import Holder, current_holder
 from headrace.commands.pipeline import Dag, changes, read_dag, use_without_git
-from headrace.commands.why import Verdict, judge
+from headrace.commands.why import judge
 from headrace.memory import format_bytes
 from headrace.project import Project
-from headrace.tracking.history import Run, list_runs, read_run, run_path
+from headrace.tracking.history import (
+    Run,
+    current_run,
+    list_runs,
+    read_progress,
+    read_run,
+    run_path,
+)
 
 _STORES = (".dvc/cache", ".headrace", ".prefect", "mlruns", "mlflow.db")
 
@@ -23,7 +31,7 @@ class StageStatus:
     """One stage: its state, the run that made its outs, and the bytes of its outs."""
 
     stage: str
-    state: str  # fresh, stale, waiting, never run
+    state: str  # fresh, stale, waiting, never run; in a run: how far it is
     made_by: str
     num_bytes: int
 
@@ -35,22 +43,33 @@ class Status:
     stages: tuple[StageStatus, ...]
     last_run: Run | None
     stores: tuple[tuple[str, int], ...]  # caches and histories: name, bytes on disk
+    holder: Holder | None = None  # the run that goes on
 
 
 def status(project: Project) -> Status:
-    """Look at the project; nothing is changed."""
+    """Look at the project; nothing is changed. While a run goes on, it is the run that is shown."""
     use_without_git(project)
     dag = read_dag(project)
-    verdicts = judge(project, dag, changes(project, dag))
+    holder = current_holder(project)
+    states = _states_in_a_run(project, dag) if holder else _states_at_rest(project, dag)
     runs = [read_run(run_path(project.journal, run_id)) for run_id in list_runs(project.journal)]
     return Status(
-        stages=tuple(_stage(project, dag, verdict, runs) for verdict in verdicts),
+        stages=tuple(
+            StageStatus(
+                name,
+                states[name],
+                made_by=_maker(name, runs),
+                num_bytes=sum(disk_bytes(project.root / out) for out in stage.outs),
+            )
+            for name, stage in dag.by_name.items()
+        ),
         last_run=runs[-1] if runs else None,
         stores=tuple(
-            (name, size)
+            (name, disk_bytes(project.root / name))
             for name in _STORES
-            if (size := disk_bytes(project.root / name)) or (project.root / name).exists()
+            if (project.root / name).exists()
         ),
+        holder=holder,
     )
 
 
@@ -66,6 +85,10 @@ def print_status(found: Status, console: Console) -> None:
     for name, size in found.stores:
         console.print(f"{name:<12} {format_bytes(size)}", highlight=False)
     console.print(_last(found.last_run), highlight=False, soft_wrap=True)
+    if found.holder:
+        told = f"running: `{found.holder.command}` (pid {found.holder.pid})"
+        console.print(told, markup=False, highlight=False)
+        return
     stale = [stage.stage for stage in found.stages if stage.state != "fresh"]
     count = "1 stage is" if len(stale) == 1 else f"{len(stale)} stages are"
     told = f"{count} not up to date: headrace why" if stale else "all stages are up to date"
@@ -88,17 +111,33 @@ def disk_bytes(path: Path) -> int:
     return total
 
 
-def _stage(project: Project, dag: Dag, verdict: Verdict, runs: Sequence[Run]) -> StageStatus:
-    outs = [project.root / out for out in dag.by_name[verdict.stage].outs]
-    made_by = next(
+def _states_at_rest(project: Project, dag: Dag) -> dict[str, str]:
+    verdicts = judge(project, dag, changes(project, dag))
+    return {verdict.stage: verdict.state for verdict in verdicts}
+
+
+def _states_in_a_run(project: Project, dag: Dag) -> dict[str, str]:
+    """DVC does not compare while it works; what the journal knows of the run is told instead."""
+    run = current_run(project.journal)
+    if run is None:
+        return dict.fromkeys(dag.by_name, "not known yet")
+    found = {stage.stage: str(stage.status) for stage in run.stages}
+    for name, far in read_progress(project.journal, run.run_id).items():
+        total = f"/{far.total:,}" if far.total else ""
+        found[name] = f"running {far.done:,}{total} {far.unit}"
+    return {name: found.get(name, "not known yet") for name in dag.by_name}
+
+
+def _maker(stage: str, runs: Sequence[Run]) -> str:
+    """The newest run in which ``stage`` finished, if the journal knows one."""
+    return next(
         (
             run.run_id
             for run in reversed(runs)
-            if any(s.stage == verdict.stage and s.status == "finished" for s in run.stages)
+            if any(s.stage == stage and s.status == "finished" for s in run.stages)
         ),
         "",
     )
-    return StageStatus(verdict.stage, verdict.state, made_by, sum(map(disk_bytes, outs)))
 
 
 def _last(run: Run | None) -> str:
