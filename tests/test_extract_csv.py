@@ -330,3 +330,9 @@ def test_arbitrary_bytes_are_refused_or_every_record_is_accounted_for(tmp_path, 
     text = io.StringIO(body.decode(), newline="")
     records = [row for row in csv.reader(text) if row]
     assert len(kept) + len(loaded.rejects) == loaded.files[0].num_rows_in == len(records)
+
+
+def test_a_column_without_a_value_in_the_first_rows_is_typed_by_the_later_ones(tmp_path):
+    rows = "".join(f"{i},,\n" for i in range(25_000)) + "25000,2.5,2024-01-31\n"
+    loaded, _ = load(tmp_path, f"id,late,day\n{rows}".encode())
+    assert loaded.types == {"id": "BIGINT", "late": "DOUBLE", "day": "DATE"}

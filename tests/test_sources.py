@@ -312,3 +312,38 @@ def test_a_missing_driver_names_the_extra(monkeypatch):
         read_postgresql("postgresql://h/d", table="t"),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["recipe", "recipe_result", "tidied", "labelled", "rows_placed", "rows_train", "placed",
+     "hashed", "folding", "folded", "unplaced", "reject_errors", "reject_scans", "arrow_batches",
+     "scanned", "dated", "groups"],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["csv", "sqlite"])
+def test_a_source_may_have_any_name(case, name, kind):
+    case.table()
+    source: object = "rows.csv"
+    if kind == "sqlite":
+        fill_sqlite(case.root / "a.sqlite")
+        source = {"path": "a.sqlite", "table": "orders"}
+    case.table("more.csv")
+    case.write("r.sql", f"SELECT r.* FROM {name} r LEFT JOIN more m USING (id)")
+    join = {"left": name, "right": "more", "by": ["id"], "kind": "one_to_one"}
+    sources = {name: source, "more": "more.csv"}
+    case.run(sources=sources, recipe="r.sql", joins=[join])
+    assert len(case.rows()["id"]) == (200 if kind == "csv" else 300)
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("groups", {"kind": "grouped", "column": "kind"}),
+        ("dated", {"kind": "time", "column": "day", "gap": 0}),
+        ("hashed", {"kind": "stratified", "column": "kind"}),
+    ],
+)
+def test_a_source_may_have_the_name_of_a_table_of_its_split(case, name, split):
+    case.table(day=lambda i: f"2024-{1 + i // 28:02d}-{1 + i % 28:02d}", kind=lambda i: i % 40)
+    case.run(sources={name: "rows.csv"}, split=split)
+    assert len(case.rows()["id"]) == 200

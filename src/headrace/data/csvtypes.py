@@ -51,6 +51,8 @@ def infer_types(
     sample = f"(SELECT * FROM {scan} LIMIT {_SAMPLE_ROWS})"
     likely = {
         name: [kind for kind in _CANDIDATES if counts[kind] and counts[kind] >= counts[""] / 2]
+        if counts[""]
+        else list(_CANDIDATES)  # a sample without a value says nothing
         for name, counts in _fits(
             engine, sample, {name: list(_CANDIDATES) for name in names}, dialect
         )

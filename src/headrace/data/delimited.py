@@ -201,8 +201,7 @@ def _load(
     ]
     fault = f"CASE {' '.join(faults)} END" if faults else "NULL"
     wanted = [f"{parsed[name]} AS {identifier(name)}" for name in header]
-    for name in ("reject_errors", "reject_scans"):
-        engine.execute(f"DROP TABLE IF EXISTS {name}")
+    _drop_rejects(engine)
     (before,) = engine.row(f"SELECT count(*) FROM {table}")
     with _line_ends_named(file, content):
         engine.execute(
@@ -212,11 +211,17 @@ def _load(
         )
     (after,) = engine.row(f"SELECT count(*) FROM {table}")
     unsplit = _unsplit(engine, file, dialect, content)
+    _drop_rejects(engine)  # a source may have the name of one
     unfit = _unfit(engine, table, number, before, file, dialect, header, unsplit, loaded.types)
     num_in = _checked_count(file, dialect, content, len(header), after - before, unsplit)
     loaded.rejects += sorted([*unsplit, *unfit], key=lambda reject: reject.line)
     digest = digest_file(file.path).digest
     loaded.files.append(LoadedFile(file, digest, num_in, num_in - len(unsplit) - len(unfit)))
+
+
+def _drop_rejects(engine: Engine) -> None:
+    for name in ("reject_errors", "reject_scans"):
+        engine.execute(f"DROP TABLE IF EXISTS temp.{name}")
 
 
 @contextlib.contextmanager
@@ -238,7 +243,7 @@ def _unsplit(engine: Engine, file: File, dialect: Dialect, content: Content) -> 
         "SELECT byte_position, column_name, error_type::VARCHAR, "
         f"left(ltrim(csv_line, chr(10) || chr(13)), {_MAX_TEXT}), "
         "error_type = 'UNQUOTED VALUE' AND regexp_matches(csv_line, '[^\\n\\r][\\n\\r]+.'), "
-        "error_message FROM reject_errors ORDER BY byte_position"
+        "error_message FROM temp.reject_errors ORDER BY byte_position"
     )
     rejects: dict[int, Reject] = {}
     lines = physical_lines(file, dialect, content, [row[0] for row in found])

@@ -9,6 +9,9 @@ intermediate tables and DuckDB's spill files. It is removed at the end, and what
 is removed at the start of the next. The connection reads the declared files and writes the one
 output folder; other paths, attaching, extensions and changes of the configuration are refused.
 The time zone is UTC, so that no result depends on the machine.
+
+Sources are views in the schema ``main``, by the names a recipe uses; the tables that headrace makes
+of its own are in a schema that is looked up first, so that no source can have the name of one.
 """
 
 import contextlib
@@ -41,6 +44,8 @@ RESERVED_BYTES = 192 << 20  # what this process holds besides DuckDB's buffers
 MIN_ENGINE_BYTES = 128 << 20  # with one thread: scans, a join and a sorted COPY of 32 MB row groups
 MIN_THREAD_BYTES = 64 << 20  # what every further thread holds at the least
 _POLL_S = 0.2
+_OWN = "headrace own"  # the schema of tables that are not sources
+_BATCHES = "headrace batches"
 
 _CONFIG_KINDS = {"Parser", "Binder", "Catalog"}
 _MEMORY_KINDS = {"Out of Memory"}
@@ -99,11 +104,11 @@ class Engine:
 
     def load(self, table: str, reader: pa.RecordBatchReader) -> None:
         """Create ``table`` (quoted already) from Arrow record batches, one batch at a time."""
-        self._connection.register("arrow_batches", reader)
+        self._connection.register(_BATCHES, reader)
         try:
-            self.execute(f"CREATE TABLE {table} AS SELECT * FROM arrow_batches")
+            self.execute(f"CREATE TABLE {table} AS SELECT * FROM {identifier(_BATCHES)}")
         finally:
-            self._connection.unregister("arrow_batches")
+            self._connection.unregister(_BATCHES)
 
     def statements(self, sql: str, *, place: Place) -> list[str]:
         """Return the kind of each statement in ``sql``, like SELECT or COPY."""
@@ -218,6 +223,11 @@ def identifier(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
+def source_view(name: str) -> str:
+    """Return the quoted name of the view or table that a source is."""
+    return f"main.{identifier(name)}"
+
+
 def literal(value: str) -> str:
     """Quote ``value`` as an SQL string.
 
@@ -279,8 +289,10 @@ def _lock(
             )
         except duckdb.Error as error:
             raise DataError(f"{path} cannot be read as a DuckDB file: {error}") from error
+    connection.execute(f"CREATE SCHEMA {identifier(_OWN)}")
     folders = [str(writable) + "/"] if writable else []
     for setting in (
+        f"search_path = {literal(identifier(_OWN) + ',main')}",
         "python_enable_replacements = false",  # a mistyped table must not find a Python variable
         "TimeZone = 'UTC'",
         "errors_as_json = true",

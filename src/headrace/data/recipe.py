@@ -12,14 +12,14 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from headrace.data.engine import Engine, Place, as_signed, identifier, identity_hash
+from headrace.data.engine import Engine, Place, as_signed, identifier, identity_hash, source_view
 from headrace.errors import ConfigError, DataError, SchemaError, nearest
 from headrace.params import Section
 from headrace.schema import FOLD, ROW_ID
 
-RESULT = "recipe_result"  # the table of what the recipe returns, row_id first
+RESULT = '"headrace result"'  # the table of what the recipe returns, row_id first
 
-_VIEW = "recipe"
+_VIEW = '"headrace recipe"'
 _TOP = 5
 
 
@@ -70,7 +70,7 @@ def read_recipe(root: Path, recipe: str | None, sources: Sequence[str]) -> Place
                 f"`extract.sources` has {len(sources)} sources ({', '.join(sources)}) and "
                 f"`extract.recipe` is not set; name an SQL file that joins them"
             )
-        return Place("the default recipe", f"SELECT * FROM {identifier(sources[0])}")
+        return Place("the default recipe", f"SELECT * FROM {source_view(sources[0])}")
     path = root / recipe
     try:
         return Place(recipe, path.read_text(encoding="utf-8"))
@@ -224,7 +224,7 @@ def _refuse_duplicates(engine: Engine, join: Join, side: str, columns: Sequence[
     names = ", ".join(identifier(column) for column in columns)
     present = " AND ".join(f"{identifier(column)} IS NOT NULL" for column in columns)
     groups = (
-        f"SELECT {names}, count(*) AS n FROM {identifier(side)} WHERE {present} "
+        f"SELECT {names}, count(*) AS n FROM {source_view(side)} WHERE {present} "
         f"GROUP BY {names} HAVING count(*) > 1"
     )
     num_keys, num_rows = engine.row(f"SELECT count(*), coalesce(sum(n), 0) FROM ({groups})")
@@ -239,7 +239,7 @@ def _refuse_duplicates(engine: Engine, join: Join, side: str, columns: Sequence[
 
 
 def _count(engine: Engine, join: Join) -> JoinCount:
-    left, right = identifier(join.left), identifier(join.right)
+    left, right = source_view(join.left), source_view(join.right)
     right_names = ", ".join(identifier(name) for name in join.columns.values())
     condition = " AND ".join(
         f"l.{identifier(one)} = r.{identifier(other)}" for one, other in join.columns.items()

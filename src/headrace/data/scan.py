@@ -21,7 +21,15 @@ from pydantic import Field, model_validator
 
 from headrace.data.delimited import FAULT, FILE, load_files
 from headrace.data.dialect import Dialect, File, LoadedFile, Reject
-from headrace.data.engine import Engine, as_signed, identifier, identity_hash, literal, literals
+from headrace.data.engine import (
+    Engine,
+    as_signed,
+    identifier,
+    identity_hash,
+    literal,
+    literals,
+    source_view,
+)
 from headrace.errors import ConfigError, DataError, SchemaError, nearest
 from headrace.schema import ROW_ID
 from headrace.storage import digest_file
@@ -185,7 +193,7 @@ def scan_files(engine: Engine, found: Found, *, with_row_id: bool) -> Scanned:
 
 def scan_batches(engine: Engine, name: str, reader: pa.RecordBatchReader) -> Scanned:
     """Make a table called like the source from the rows of a database."""
-    table = identifier(name)
+    table = source_view(name)
     engine.load(table, reader)
     (num_rows,) = engine.row(f"SELECT count(*) FROM {table}")
     return Scanned(name, dict(engine.describe(f"SELECT * FROM {table}")), num_rows)
@@ -222,11 +230,11 @@ def _scan_csv(engine: Engine, found: Found, *, with_row_id: bool) -> Scanned:
         row = f"rowid - {starts}[{index}]"
         wanted.append(_row_id(f"{literals(digests)}[{index}]", row))
     engine.execute(
-        f"CREATE VIEW {identifier(found.name)} AS SELECT {', '.join(wanted)} FROM {table} "
+        f"CREATE VIEW {source_view(found.name)} AS SELECT {', '.join(wanted)} FROM {table} "
         f"WHERE {identifier(FAULT)} IS NULL"
     )
     num_rows = sum(file.num_rows_kept for file in loaded.files)
-    (seen,) = engine.row(f"SELECT count(*) FROM {identifier(found.name)}")
+    (seen,) = engine.row(f"SELECT count(*) FROM {source_view(found.name)}")
     assert seen == num_rows, f"{found.name}: {seen} rows in the view, {num_rows} kept"
     return Scanned(found.name, loaded.types, num_rows, loaded.files, loaded.rejects)
 
@@ -278,7 +286,7 @@ def _scan_json(engine: Engine, found: Found, *, with_row_id: bool) -> Scanned:
         row = f"rowid - {_starts(engine, table, len(found.files))}[{index}]"
         wanted.append(_row_id(f"{literals(digests)}[{index}]", row))
     engine.execute(
-        f"CREATE VIEW {identifier(found.name)} AS SELECT {', '.join(wanted)} FROM {table}"
+        f"CREATE VIEW {source_view(found.name)} AS SELECT {', '.join(wanted)} FROM {table}"
     )
     return Scanned(found.name, types, sum(file.num_rows_in for file in loaded), loaded)
 
@@ -316,7 +324,7 @@ def _scan_parquet(engine: Engine, found: Found, *, with_row_id: bool) -> Scanned
         options = ", union_by_name = true, filename = true, file_row_number = true"
         scan = _read_parquet(found.files, options=options)
     engine.execute(
-        f"CREATE VIEW {identifier(found.name)} AS SELECT {', '.join(wanted)} FROM {scan}"
+        f"CREATE VIEW {source_view(found.name)} AS SELECT {', '.join(wanted)} FROM {scan}"
     )
     return Scanned(found.name, types, sum(file.num_rows_in for file in loaded), loaded)
 
@@ -335,7 +343,7 @@ def _scan_duckdb(engine: Engine, found: Found) -> Scanned:
     database = _attached_name(found.name)
     try:
         engine.execute(
-            f"CREATE VIEW {identifier(found.name)} AS SELECT * FROM {identifier(database)}.{table}"
+            f"CREATE VIEW {source_view(found.name)} AS SELECT * FROM {identifier(database)}.{table}"
         )
     except DataError as error:
         names = engine.rows(
@@ -351,8 +359,8 @@ def _scan_duckdb(engine: Engine, found: Found) -> Scanned:
             f"{found.files[0].name} has no table {found.source.table!r}"
             f"{nearest(str(found.source.table), present)}; found: {present}"
         ) from error
-    (num_rows,) = engine.row(f"SELECT count(*) FROM {identifier(found.name)}")
-    types = dict(engine.describe(f"SELECT * FROM {identifier(found.name)}"))
+    (num_rows,) = engine.row(f"SELECT count(*) FROM {source_view(found.name)}")
+    types = dict(engine.describe(f"SELECT * FROM {source_view(found.name)}"))
     return Scanned(found.name, types, num_rows)
 
 
