@@ -8,12 +8,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from headrace.data.predictions import Predictions, write_predictions
-from headrace.schema import Column, Contract, Target
+from headrace.schema import Column, Contract, Split, Target
 from headrace.storage import new_folder, write_file
 
 DELAY = Target(name="delay", task="regression")
 LATE = Target(name="late", task="binary", labels=("no", "yes"))
 CARRIER = Target(name="carrier", task="multiclass", labels=("AA", "BB", "CC"))
+BY_TIME = Split(kind="time", column="when")
 
 
 @dataclass
@@ -27,6 +28,12 @@ class Case:
     noise: dict[str, float] = field(default_factory=lambda: {"plain": 3.0, "sharp": 1.0})
     has_weight: bool = False
     labels: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)  # split → target
+    split: Split | None = Split(kind="time", column="when")
+    groups: tuple[str, ...] = ()  # columns of role group before the time: the day modulo 7, 8, …
+    more_times: tuple[str, ...] = ()  # columns of role time before ``when``: all of one day
+    split: Split | None = BY_TIME
+    groups: tuple[str, ...] = ()  # columns of role group before the time: the day modulo 7, 8, …
+    more_times: tuple[str, ...] = ()  # columns of role time before ``when``: all of one day
 
     def __post_init__(self):
         rng = np.random.default_rng(self.seed)
@@ -55,14 +62,18 @@ class Case:
         return np.digitize(latent, [-1, 1]).astype(float)
 
     def contract(self):
-        columns = [Column(name="when", role="time", dtype="timestamp[us]")]
+        columns = [Column(name=name, role="group", dtype="int64") for name in self.groups]
+        columns += [
+            Column(name=name, role="time", dtype="timestamp[us]")
+            for name in (*self.more_times, "when")
+        ]
         for target in self.targets:
             is_number = target.task == "regression"
             dtype = "double" if is_number else "string"
             columns.append(Column(name=target.name, role="target", dtype=dtype))
         if self.has_weight:
             columns.append(Column(name="w", role="weight", dtype="double"))
-        return Contract(columns=tuple(columns), targets=self.targets)
+        return Contract(columns=tuple(columns), targets=self.targets, split=self.split)
 
     def write_table(self, folder: Path) -> Path:
         with new_folder(folder) as private:
@@ -74,6 +85,14 @@ class Case:
                     "fold": pa.nulls(self.num_rows, pa.int8()),
                     "when": pa.array(seconds * 1_000_000).cast(pa.timestamp("us")),
                 }
+                for number, name in enumerate(self.groups):
+                    columns[name] = pa.array(self.day[split] % (7 + number))
+                for name in self.more_times:
+                    columns[name] = pa.array(seconds * 0).cast(pa.timestamp("us"))
+                for number, name in enumerate(self.groups):
+                    columns[name] = pa.array(self.day[split] % (7 + number))
+                for name in self.more_times:
+                    columns[name] = pa.array(seconds * 0).cast(pa.timestamp("us"))
                 for target in self.targets:
                     columns[target.name] = self._column(target, self.labels[split][target.name])
                 if self.has_weight:

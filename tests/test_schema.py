@@ -1,5 +1,6 @@
 """The data contract: written once, read back equal, refused when it is of another form."""
 
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,17 @@ from pydantic import ValidationError
 
 from headrace import storage
 from headrace.errors import IntegrityError, SchemaError
-from headrace.schema import Column, Contract, Target, arrow_type, encode_target, read_contract
+from headrace.schema import (
+    Column,
+    Contract,
+    Split,
+    Target,
+    arrow_type,
+    encode_target,
+    label_text,
+    read_contract,
+)
+from tests import extract_case
 
 CONTRACT = Contract(
     columns=(
@@ -27,6 +38,22 @@ def test_a_contract_survives_its_file(tmp_path: Path):
     assert read_contract(tmp_path) == CONTRACT
     assert CONTRACT.features == ("age", "job")
     assert CONTRACT.weight is None
+
+
+def test_the_split_is_recorded_and_its_absence_changes_no_digest(tmp_path: Path):
+    assert CONTRACT.split is None
+    assert "split" not in CONTRACT.to_json()
+    by_time = CONTRACT.model_copy(update={"split": Split(kind="time", column="age")})
+    storage.write_file(tmp_path / "contract.json", by_time.to_json())
+    assert read_contract(tmp_path) == by_time
+    assert by_time.digest != CONTRACT.digest
+
+
+def test_extract_records_the_split(tmp_path: Path):
+    case = extract_case.Case(tmp_path)
+    case.table()
+    case.run(split={"kind": "grouped", "column": "id"}, key=[])
+    assert read_contract(case.out).split == Split(kind="grouped", column="id")
 
 
 def test_another_format_is_refused_with_the_way_out(tmp_path: Path):
@@ -85,6 +112,29 @@ def test_targets_become_codes_and_missing_stays_missing():
         1,
         0,
     ]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pa.uint8(), pa.int64(), pa.float32(), pa.float64(), pa.decimal128(2, 1), pa.decimal128(18, 3)],
+    ids=str,
+)
+def test_a_whole_label_is_one_text_in_every_type(kind: pa.DataType):
+    values = pa.array([1, 0, None]).cast(kind)
+
+    assert label_text(values).to_pylist() == ["1", "0", None]
+    assert label_text(values.dictionary_encode()).to_pylist() == ["1", "0", None]
+
+
+def test_other_numbers_are_the_shortest_decimal_whatever_stands_beside_them():
+    numbers = ["2.50", "1", "-0.1", "0.0000001", "-3.00", "1500.25"]
+    expected = ["2.5", "1", "-0.1", "1e-7", "-3", "1500.25"]
+    decimals = pa.array([Decimal(number) for number in numbers], pa.decimal128(30, 9))
+
+    assert label_text(decimals).to_pylist() == expected
+    assert label_text(pa.array([float(number) for number in numbers])).to_pylist() == expected
+    long = pa.array([Decimal("0.12345678901234567890"), Decimal("0.12345678901234567891")])
+    assert len(set(label_text(long).to_pylist())) == 2
 
 
 def test_a_class_that_training_never_saw_is_refused():

@@ -12,10 +12,10 @@ from headrace.evaluation.metrics import Sample, metric_of, score
 from headrace.evaluation.selection import blend_weights, choose, mix
 from headrace.params import Resources, parse_section
 from headrace.record import MemoryRecorder
-from headrace.schema import Target
+from headrace.schema import Split, Target
 from headrace.stages.stack import StackParams, stack
 from headrace.storage import read_json
-from tests.evaluation_case import CARRIER, DELAY, LATE, Case
+from tests.evaluation_case import BY_TIME, CARRIER, DELAY, LATE, Case
 
 PARAMS = StackParams(num_resamples=200)
 
@@ -343,18 +343,55 @@ def test_a_budget_too_small_is_refused_with_the_figure(tmp_path):
         run(Case(), tmp_path, memory_budget=4096)
 
 
-def test_units_follow_the_contract_or_the_parameter(tmp_path):
-    """A time column means days; rows if asked; a group needs a column."""
-    stacked, _, _ = run(Case(noise={"one": 1.0, "two": 1.0}), tmp_path / "auto")
-    assert "30 days" in stacked.choices["delay"].reason
+def reason(root, *, unit="auto", **case):
     stacked, _, _ = run(
-        Case(noise={"one": 1.0, "two": 1.0}),
-        tmp_path / "row",
-        StackParams(num_resamples=200, unit="row"),
+        Case(targets=(DELAY,), noise={"one": 1.0, "two": 1.0}, **case),
+        root,
+        StackParams(num_resamples=200, unit=unit),
     )
-    assert "600 rows" in stacked.choices["delay"].reason
+    return stacked.choices["delay"].reason
+
+
+@pytest.mark.parametrize(
+    ("split", "unit", "expected"),
+    [
+        (BY_TIME, "auto", "30 days"),  # although there is a group
+        (BY_TIME, "row", "600 rows"),
+        (BY_TIME, "group", "7 shops"),  # the only one
+        (Split(kind="random"), "auto", "600 rows"),  # although there is a time
+        (Split(kind="stratified", column="shop"), "auto", "600 rows"),
+        (Split(kind="given", column="part"), "auto", "600 rows"),
+        (Split(kind="random"), "day", "30 days"),
+        (Split(kind="grouped", column="shop"), "auto", "7 shops"),
+        (None, "auto", "600 rows"),
+    ],
+)
+def test_units_follow_the_split_or_the_parameter(tmp_path, split, unit, expected):
+    """Auto is what the split kept together; a unit asked for is taken."""
+    assert expected in reason(tmp_path, split=split, unit=unit, groups=("shop",))
+
+
+@pytest.mark.parametrize("unit", ["auto", "group"])
+def test_of_two_groups_the_one_that_split_the_rows_is_resampled(tmp_path, unit):
+    """Not the first in the table."""
+    split = Split(kind="grouped", column="zone")
+    assert "8 zones" in reason(tmp_path, split=split, unit=unit, groups=("shop", "zone"))
+
+
+@pytest.mark.parametrize("unit", ["auto", "day"])
+def test_of_two_times_the_one_that_split_the_rows_is_resampled(tmp_path, unit):
+    """Not the first in the table."""
+    assert "30 days" in reason(tmp_path, unit=unit, more_times=("born",))
+
+
+def test_a_unit_that_no_column_or_two_columns_have_is_refused(tmp_path):
+    """With the candidates and a remedy."""
     with pytest.raises(ConfigError, match=r"`stack.unit` is group, but the data contract has no"):
-        run(Case(), tmp_path / "group", StackParams(unit="group"))
+        reason(tmp_path / "none", unit="group")
+    with pytest.raises(ConfigError, match=r"group columns \['shop', 'zone'\].*`extract.columns`"):
+        reason(tmp_path / "groups", unit="group", groups=("shop", "zone"))
+    with pytest.raises(ConfigError, match=r"`stack.unit` is day.* time columns \['born', 'when'\]"):
+        reason(tmp_path / "times", unit="day", split=None, more_times=("born",))
 
 
 def test_a_target_of_one_name_in_a_contract_is_what_is_judged(tmp_path):

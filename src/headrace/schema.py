@@ -65,12 +65,23 @@ class Target(Section):
         return len(self.labels) if self.task == "multiclass" else 1
 
 
+class Split(Section):
+    """How rows were divided into train, valid and test, and by which column if by one."""
+
+    kind: Literal["random", "stratified", "grouped", "time", "given"]
+    column: str | None = None
+
+
 class Contract(Section):
-    """All columns of the table in their order, but ``row_id`` and ``fold``; and the targets."""
+    """All columns of the table in their order, but ``row_id`` and ``fold``; and the targets.
+
+    ``split`` is None in a contract written before it was recorded.
+    """
 
     format: Literal[1] = 1
     columns: Annotated[tuple[Column, ...], Field(strict=False)]
     targets: Annotated[tuple[Target, ...], Field(strict=False, min_length=1)]
+    split: Split | None = None
 
     def column(self, name: str) -> Column:
         """Return the column called ``name``.
@@ -116,8 +127,9 @@ class Contract(Section):
         return digest_bytes(self.to_json().encode())
 
     def to_json(self) -> str:
-        """Return the canonical JSON text of the contract."""
-        return canonical_json(self.model_dump(mode="json"))
+        """Return the canonical JSON text of the contract; one without a split keeps its digest."""
+        absent = {"split"} if self.split is None else None
+        return canonical_json(self.model_dump(mode="json", exclude=absent))
 
 
 def read_contract(folder: Path) -> Contract:
@@ -162,13 +174,45 @@ def arrow_type(name: str) -> pa.DataType:
 
 
 def label_text(values: pa.Array) -> pa.Array:
-    """Return target values as the text used in ``Target.labels``: true/false, 1, or the string."""
-    if pa.types.is_dictionary(values.type):
-        values = values.dictionary_decode()
-    if pa.types.is_floating(values.type):
-        whole = pc.all(pc.equal(values, pc.floor(values))).as_py()
-        values = values.cast(pa.int64()) if whole is not False else values
+    """Return the canonical text of each label or category, null where it is null or NaN.
+
+    Each value decides, not its type or its batch: whole numbers are written without point or
+    exponent, so 3, 3.0, a decimal 3.00 and "3" are one label; other numbers as the shortest decimal
+    that reads back the same; booleans are "false" and "true"; text is itself, the empty one too.
+
+    >>> label_text(pa.array([3.0, 0.5, -0.0, None])).to_pylist()
+    ['3', '0.5', '0', None]
+    """
+    kind = values.type
+    if pa.types.is_dictionary(kind):
+        return label_text(values.dictionary).take(values.indices)
+    if pa.types.is_float16(kind):
+        return _float_text(values.cast(pa.float32()))
+    if pa.types.is_floating(kind):
+        return _float_text(values)
+    if pa.types.is_decimal(kind):
+        return _decimal_text(values)
     return values.cast(pa.string())
+
+
+def _float_text(values: pa.Array) -> pa.Array:
+    is_whole = pc.and_(pc.equal(values, pc.floor(values)), pc.less(pc.abs(values), 2.0**63))
+    zero = pa.scalar(0, values.type)
+    whole = pc.if_else(pc.fill_null(is_whole, False), values, zero).cast(pa.int64())
+    text = pc.if_else(is_whole, whole.cast(pa.string()), values.cast(pa.string()))
+    return pc.if_else(pc.is_nan(values), pa.scalar(None, pa.string()), text)
+
+
+def _decimal_text(values: pa.Array) -> pa.Array:
+    text = values.cast(pa.string())
+    digits = pc.replace_substring_regex(text, r"E.*|^[-0.]+|[.]", "")
+    text = pc.replace_substring_regex(text, r"(\.[0-9]*?)0+$", r"\1")
+    text = pc.replace_substring_regex(text, r"\.$", "")
+    # A float holds 15 digits exactly; with more, two labels could become one.
+    is_short = pc.less_equal(pc.utf8_length(pc.utf8_rtrim(digits, "0")), 15)
+    is_whole = pc.match_substring_regex(text, r"^-?[0-9]+$")
+    as_float = _float_text(values.cast(pa.float64()))
+    return pc.if_else(pc.and_not(is_short, is_whole), as_float, text)
 
 
 def encode_target(values: pa.Array | pa.ChunkedArray, target: Target) -> npt.NDArray[np.float64]:

@@ -49,11 +49,12 @@ class Truth:
 def read_truth(table: Table, split: str, *, unit: UnitChoice, key: str) -> Truth:
     """Read labels, weights and units of ``split``; ``key`` is where params.yaml sets the unit.
 
-    ``unit`` auto is the group where the contract has a group column, else the day where it has a
-    time column, else the row.
+    ``unit`` auto follows the split that the contract records: days of the column of a time split,
+    groups of the column of a grouped split, else rows.
 
     Raises:
-        ConfigError: if the unit asked for needs a column that the contract does not have.
+        ConfigError: if the unit asked for needs a column that the contract does not have, or has
+            twice and the split is by neither.
         DataError: no rows in the split; a weight that is missing, negative or not finite, or all
             weights 0; an infinite label.
     """
@@ -116,25 +117,46 @@ def line_up(
 
 
 def _choose_unit(contract: Contract, unit: UnitChoice, key: str) -> tuple[str, str | None]:
-    groups, times = contract.named("group"), contract.named("time")
     if unit == "auto":
-        unit = "group" if groups else "day" if times else "row"
-        if unit == "day" and not _is_temporal(contract, times[0]):
-            return times[0], times[0]  # a year, a week number: its values are the blocks
+        return _unit_of_split(contract)
     if unit == "row":
         return "row", None
+    column = _column_of_role(contract, "group" if unit == "group" else "time", unit, key)
     if unit == "group":
-        if not groups:
-            raise ConfigError(f"`{key}` is group, but the data contract has no group column")
-        return groups[0], groups[0]
-    if not times:
-        raise ConfigError(f"`{key}` is {unit}, but the data contract has no time column")
-    if not _is_temporal(contract, times[0]):
+        return column, column
+    if not _is_temporal(contract, column):
         raise ConfigError(
-            f"`{key}` is {unit}, but the time column {times[0]!r} is "
-            f"{contract.column(times[0]).dtype}, which has no {unit}s; use auto or row"
+            f"`{key}` is {unit}, but the time column {column!r} is "
+            f"{contract.column(column).dtype}, which has no {unit}s; use auto or row"
         )
-    return unit, times[0]
+    return unit, column
+
+
+def _unit_of_split(contract: Contract) -> tuple[str, str | None]:
+    split = contract.split
+    if split is None or split.column is None or split.kind not in ("time", "grouped"):
+        return "row", None
+    if split.kind == "time" and _is_temporal(contract, split.column):
+        return "day", split.column
+    return split.column, split.column  # a group; or a year, a week number: its values are blocks
+
+
+def _column_of_role(
+    contract: Contract, role: Literal["group", "time"], unit: UnitChoice, key: str
+) -> str:
+    """Return the split's column if it has ``role``, else the only column that has it."""
+    names = contract.named(role)
+    if contract.split is not None and contract.split.column in names:
+        return contract.split.column
+    if not names:
+        raise ConfigError(f"`{key}` is {unit}, but the data contract has no {role} column")
+    if len(names) > 1:
+        raise ConfigError(
+            f"`{key}` is {unit}, but the data contract has the {role} columns {list(names)} and "
+            f"the split is by none of them; use auto or row, or leave the role {role} to one of "
+            f"them in `extract.columns`"
+        )
+    return names[0]
 
 
 def _is_temporal(contract: Contract, name: str) -> bool:

@@ -7,7 +7,7 @@ Memory: half of ``resources.memory_budget`` for DuckDB, which spills below ``scr
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,7 +50,7 @@ from headrace.data.write import Written, split_digest, write_splits
 from headrace.errors import DataError, SchemaError, nearest
 from headrace.params import Bytes, Resources, Section
 from headrace.record import MemoryRecorder, Recorder
-from headrace.schema import CONTRACT, FOLD, ROW_ID, SPLITS, Contract
+from headrace.schema import CONTRACT, FOLD, ROW_ID, SPLITS, Contract, Split
 from headrace.sources.postgresql import read_postgresql
 from headrace.sources.sqlite import read_sqlite
 from headrace.storage import new_folder, write_file, write_json
@@ -279,6 +279,8 @@ def _prepare(
         group=group,
         max_categories=params.max_categories,
     )
+    split = Split(kind=params.split.kind, column=params.split.column)
+    inferred = replace(inferred, contract=inferred.contract.model_copy(update={"split": split}))
     return _Prepared(scanned, rejects, joins, num_recipe, num_labelled, tidied, inferred)
 
 

@@ -36,7 +36,7 @@ class StackParams(Section):
     metric: Annotated[dict[str, MetricName], Field(default_factory=dict)]
     num_resamples: Annotated[int, Field(ge=100, le=1_000_000)] = 1000
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
-    unit: UnitChoice = "auto"  # what is resampled: the group, else the day, else the row
+    unit: UnitChoice = "auto"  # what is resampled: by the split days, its groups, or rows
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
 
