@@ -15,11 +15,10 @@ from headrace.data.encoder import (
     UNKNOWN,
     Encoder,
     _LabelCounts,
-    category_text,
     fit_encoder,
 )
 from headrace.errors import DataError, IntegrityError, SchemaError
-from headrace.schema import Target
+from headrace.schema import Target, label_text
 from tests.encode_tables import ROLES, example_columns, write_table
 
 SETTINGS = {
@@ -127,9 +126,9 @@ def test_3_and_3_0_and_text_3_are_one_label(tmp_path, values):
 
 @given(st.lists(st.integers(-(2**53), 2**53) | st.none(), min_size=1, max_size=20))
 def test_whole_numbers_have_the_same_text_as_floats(values):
-    as_ints = category_text(pa.array(values, pa.int64())).to_pylist()
+    as_ints = label_text(pa.array(values, pa.int64())).to_pylist()
 
-    assert category_text(pa.array(values, pa.float64())).to_pylist() == as_ints
+    assert label_text(pa.array(values, pa.float64())).to_pylist() == as_ints
     assert as_ints == [None if value is None else str(value) for value in values]
 
 

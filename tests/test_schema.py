@@ -1,6 +1,7 @@
 """The data contract: written once, read back equal, refused when it is of another form."""
 
 from decimal import Decimal
+import re
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from headrace.schema import (
     Target,
     arrow_type,
     encode_target,
+    file_stem,
     label_text,
     read_contract,
 )
@@ -54,6 +56,30 @@ def test_extract_records_the_split(tmp_path: Path):
     case.table()
     case.run(split={"kind": "grouped", "column": "id"}, key=[])
     assert read_contract(case.out).split == Split(kind="grouped", column="id")
+
+
+def test_a_file_stem_is_one_plain_name_for_any_text():
+    names = [
+        "late",
+        "km/h",
+        "..",
+        ".",
+        "",
+        "%",
+        "%2E",
+        "a b",
+        "a_b",
+        "ä",
+        "~",
+        "\\x",
+        "v1.5-x",
+        ".",
+    ]
+    stems = {name: file_stem(name) for name in names}
+    assert stems["late"] == "late"
+    assert stems["v1.5-x"] == "v1.5-x"
+    assert len(set(stems.values())) == len(stems)
+    assert all(re.fullmatch(r"[A-Za-z0-9_%-][A-Za-z0-9._%-]*", stem) for stem in stems.values())
 
 
 def test_another_format_is_refused_with_the_way_out(tmp_path: Path):
@@ -120,7 +146,8 @@ def test_targets_become_codes_and_missing_stays_missing():
     ids=str,
 )
 def test_a_whole_label_is_one_text_in_every_type(kind: pa.DataType):
-    values = pa.array([1, 0, None]).cast(kind)
+    one, zero = (Decimal(1), Decimal(0)) if pa.types.is_decimal(kind) else (1, 0)
+    values = pa.array([one, zero, None], kind)
 
     assert label_text(values).to_pylist() == ["1", "0", None]
     assert label_text(values.dictionary_encode()).to_pylist() == ["1", "0", None]

@@ -6,6 +6,7 @@ guesses again what a column means. Physical types are Arrow types, written as Ar
 
 from pathlib import Path
 from typing import Annotated, Literal, Self
+from urllib.parse import quote
 
 import numpy as np
 import numpy.typing as npt
@@ -151,6 +152,19 @@ def read_contract(folder: Path) -> Contract:
         raise IntegrityError(f"{path} is not a data contract ({error})") from error
 
 
+def file_stem(name: str) -> str:
+    """Return the file name, less its ending, that stands for ``name``, whatever it consists of.
+
+    ASCII letters, digits, ``.``, ``_`` and ``-`` stay, the rest is percent-escaped as UTF-8, and
+    so is a dot in front; no two names have the same stem.
+
+    >>> file_stem("late"), file_stem("km/h"), file_stem("..")
+    ('late', 'km%2Fh', '%2E.')
+    """
+    stem = quote(name, safe="").replace("~", "%7E")
+    return f"%2E{stem[1:]}" if stem.startswith(".") else stem or "%"
+
+
 def arrow_type(name: str) -> pa.DataType:
     """Turn the text of an Arrow type back into the type; the inverse of ``str(type)``.
 
@@ -211,7 +225,7 @@ def _decimal_text(values: pa.Array) -> pa.Array:
     # A float holds 15 digits exactly; with more, two labels could become one.
     is_short = pc.less_equal(pc.utf8_length(pc.utf8_rtrim(digits, "0")), 15)
     is_whole = pc.match_substring_regex(text, r"^-?[0-9]+$")
-    as_float = _float_text(values.cast(pa.float64()))
+    as_float = _float_text(text.cast(pa.float64()))  # the cast of decimals themselves is rougher
     return pc.if_else(pc.and_not(is_short, is_whole), as_float, text)
 
 

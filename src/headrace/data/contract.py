@@ -546,7 +546,7 @@ def _labels(
             f"SELECT DISTINCT {column} FROM {relation} WHERE {column} IS NOT NULL"
         )
     ]
-    found = label_text(pa.array(values, arrow_type(dtype))).to_pylist()
+    found = label_text(pa.array(values, arrow_type(dtype))).drop_null().to_pylist()
     if len(found) == 1:
         raise DataError(
             f"target {name} has the single class {found[0]!r} in all its rows; there is nothing "

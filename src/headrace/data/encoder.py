@@ -9,7 +9,7 @@ what its role says: 0 and 1, or the labels "false" and "true". Dates and times a
 SQL recipe can derive numbers from them. A column whose encoded train rows are all the same
 (constant, all null, only rare labels) is left out and named with the reason.
 
-Labels are compared by their canonical text (``category_text``), so 3, 3.0 and "3" are one label
+Labels are compared by their canonical text (``label_text``), so 3, 3.0 and "3" are one label
 whatever type a file happens to give the column. Labels that are too rare or beyond the cap share
 code 0 with the unseen ones: in both cases train rows say too little about the value, and so the
 model learns from real rows what code 0 means.
@@ -48,6 +48,7 @@ from headrace.schema import (
     Target,
     arrow_type,
     encode_target,
+    label_text,
     read_contract,
 )
 from headrace.storage import canonical_json, digest_bytes, read_json, write_file
@@ -308,7 +309,7 @@ class Encoder:
         held, lut = self._luts.get(name, (None, None))
         if lut is not None and _is_same_memory(held, dictionary):
             return lut
-        text = category_text(_rounded_as_fitted(dictionary, dtype))
+        text = label_text(_rounded_as_fitted(dictionary, dtype))
         found = pc.index_in(text, value_set=self._labels[j])
         codes = pc.fill_null(pc.add(found, FIRST_LABEL), UNKNOWN)
         codes = pc.if_else(pc.is_valid(text), codes, MISSING)
@@ -413,38 +414,6 @@ def encode_batches(table: Table, split: str, columns: Sequence[str]) -> Iterator
     return table.batches(split, columns, batch_rows=batch_rows)
 
 
-def category_text(values: pa.Array) -> pa.Array:
-    """Return the canonical text of each value, null where it is null or NaN.
-
-    Whole numbers are written without point or exponent whatever their type, so 3, 3.0, a decimal
-    3.00 and "3" are one label; booleans are "false" and "true"; text is itself, the empty text
-    included.
-
-    >>> category_text(pa.array([3.0, 0.5, -0.0, None])).to_pylist()
-    ['3', '0.5', '0', None]
-    """
-    kind = values.type
-    if pa.types.is_dictionary(kind):
-        return category_text(values.dictionary).take(values.indices)
-    if pa.types.is_floating(kind):
-        if pa.types.is_float16(kind):
-            values = values.cast(pa.float32())
-        return _float_text(values)
-    text = values.cast(pa.string())
-    if pa.types.is_decimal(kind):
-        text = pc.replace_substring_regex(text, r"(\.[0-9]*?)0+$", r"\1")
-        text = pc.replace_substring_regex(text, r"\.$", "")
-    return text
-
-
-def _float_text(values: pa.Array) -> pa.Array:
-    is_whole = pc.and_(pc.equal(values, pc.floor(values)), pc.less(pc.abs(values), 2.0**63))
-    zero = pa.scalar(0, values.type)
-    whole = pc.if_else(pc.fill_null(is_whole, False), values, zero).cast(pa.int64())
-    text = pc.if_else(is_whole, whole.cast(pa.string()), values.cast(pa.string()))
-    return pc.if_else(pc.is_nan(values), pa.scalar(None, pa.string()), text)
-
-
 class _Moments:
     """Count, mean and spread of one column, merged batch by batch (Chan, Golub, LeVeque 1979)."""
 
@@ -527,7 +496,7 @@ class _LabelCounts:
         """Count one batch."""
         size = len(values.dictionary)
         found = np.bincount(_indices(values), minlength=size + 1)
-        text = category_text(values.dictionary)
+        text = label_text(values.dictionary)
         is_null = pc.is_null(text).to_numpy(zero_copy_only=False)
         self.num_rows += len(values)
         self.num_missing += int(found[size] + found[:size][is_null].sum())

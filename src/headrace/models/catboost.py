@@ -46,7 +46,7 @@ from headrace.memory import format_bytes
 from headrace.models.protocol import TrainViews, Values
 from headrace.params import Bytes, Resources, Section
 from headrace.record import Recorder
-from headrace.schema import FOLD, ROW_ID, Contract, Target, encode_target
+from headrace.schema import FOLD, ROW_ID, Contract, Target, encode_target, file_stem, label_text
 from headrace.storage import canonical_json, digest_bytes, read_json, write_json
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ class CatboostModel:
         write_json(folder / _CONFIG, self._config.model_dump(mode="json"))
         for name, trees in self._trees.items():
             _forget_circumstances(trees)
-            trees.save_model(str(folder / f"{name}.cbm"), format="cbm")
+            trees.save_model(str(folder / f"{file_stem(name)}.cbm"), format="cbm")
 
 
 def fit(
@@ -212,7 +212,8 @@ def load(folder: Path, description: Mapping[str, Any]) -> CatboostModel:
         trees = {}
         for target in config.targets:
             trees[target.name] = CatBoost()
-            trees[target.name].load_model(str(folder / f"{target.name}.cbm"), format="cbm")
+            path = folder / f"{file_stem(target.name)}.cbm"
+            trees[target.name].load_model(str(path), format="cbm")
     except (ValidationError, CatBoostError) as error:
         raise IntegrityError(
             f"{folder} does not hold whole trees ({error}); train the model again"
@@ -264,8 +265,6 @@ def inputs_of_table(rows: pa.Table, features: Sequence[str], categories: Sequenc
     """
     import pandas as pd
 
-    from headrace.data.encoder import category_text
-
     _require_columns(rows, features)
     columns: dict[str, Any] = {}
     for name in features:
@@ -273,7 +272,7 @@ def inputs_of_table(rows: pa.Table, features: Sequence[str], categories: Sequenc
         if name in categories:
             coded = values if pa.types.is_dictionary(values.type) else values.dictionary_encode()
             codes = coded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
-            columns[name] = _text_categories(codes, category_text(coded.dictionary).to_pylist())
+            columns[name] = _text_categories(codes, label_text(coded.dictionary).to_pylist())
         else:
             columns[name] = _numbers(values)
     return pd.DataFrame(columns, copy=False)
