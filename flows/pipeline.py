@@ -27,6 +27,7 @@ from prefect.states import Completed, Crashed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from headrace.commands import results
+from headrace.commands.checks import require_code, require_settings
 from headrace.commands.events import ENDED, EventLog
 from headrace.commands.execute import RESUME, Execution, deliver, journaled, record_state
 from headrace.commands.lock import lock_folder
@@ -113,6 +114,8 @@ def main() -> int:
     """
 
     def on_signal(_number: int, _frame: FrameType | None) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):  # a second one must not cut the stop short
+            signal.signal(number, lambda *_: None)
         raise Stopped(RESUME)
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -130,8 +133,10 @@ def main() -> int:
 
 
 def _run(project: Project, logs: Path | None) -> State[Any]:
+    require_settings(project)
     use_without_git(project)
     dag = read_dag(project)
+    require_code(project, dag)
     section = read_yaml(project.params).get("resources")
     resources = parse_section(Resources, section, key="resources", path=project.params)
     notes = prepare(project, dag)

@@ -75,6 +75,32 @@ def test_a_missing_section_is_named(project: Path):
     assert "section `extract` is missing" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("old", "message"),
+    [
+        ("stack: {}\n", "section `stack` is missing; for its defaults write `stack: {}`"),
+        ("{baseline: {}}", "section `train.baseline` is missing"),
+    ],
+)
+def test_a_missing_stage_section_is_named(project: Path, old: str, message: str):
+    assert _run(project, "init").returncode == 0
+    _edit(project, old, "{}" if "baseline" in old else "")
+    done = _run(project, "repro")
+    assert (done.returncode, message in done.stderr) == (2, True), done.stderr
+
+
+@pytest.mark.parametrize("door", ["run", "repro", "why", "status"])
+def test_a_mistyped_model_removes_and_starts_nothing(project: Path, door: str):
+    made = _run(project, "init")
+    assert made.returncode == 0, made.stderr
+    (project / "data" / "train" / "baseline").mkdir(parents=True)
+    _edit(project, "[baseline]", "[baselin]")
+    done = _run(project, door)
+    assert done.returncode == 2
+    assert "nearest name: baseline" in done.stderr
+    assert (project / "data" / "train" / "baseline").is_dir()
+
+
 def test_an_unknown_stage_is_answered_with_the_nearest(project: Path):
     done = _run(project, "stage", "train@baselin")
     assert done.returncode == 2

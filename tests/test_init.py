@@ -339,9 +339,8 @@ def test_a_params_file_is_kept_and_completed(tmp_path: Path):
     assert (tmp_path / "params.yaml").read_text() == text
     assert "params.yaml" in made.kept
     assert (tmp_path / ".gitignore").read_text().startswith("*.tmp\n/.headrace/\n")
-    assert yaml.safe_load((tmp_path / "headrace.lock").read_text())["stages"]["train"].keys() == {
-        "baseline"
-    }
+    locked = yaml.safe_load((tmp_path / "headrace.lock").read_text())["stages"]
+    assert "baseline" in locked["train"]
     again = init(tmp_path)
     assert again.written == ()
 

@@ -252,7 +252,7 @@ def test_stages_of_one_dvc_process_share_a_run(folder: Path, tmp_path: Path) -> 
     assert [[s.stage for s in run.stages] for run in runs] == [
         ["extract", "train@nn", "publish"]
     ] * 2
-    assert [(run.kind, run.status) for run in runs] == [("repro", "finished")] * 2
+    assert [(run.kind, run.status) for run in runs] == [("dvc", "finished")] * 2
 
 
 def test_a_dvc_process_that_ends_early_leaves_a_run_to_close(folder: Path, tmp_path: Path) -> None:
@@ -370,3 +370,14 @@ def test_commit_and_uncommitted_diff_are_recorded(tmp_path: Path, monkeypatch) -
     assert len(clean.commit) == 40
     assert clean.dirty is None
     assert len(dirty.dirty) == 64
+
+
+def test_an_orphan_of_headrace_repro_is_interrupted_even_between_two_stages(tmp_path: Path):
+    """Its own door always writes how it ended, so silence means that it was killed."""
+    owner = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    run = open_run(tmp_path, kind="repro", owner_pid=owner.pid)
+    run.stage("extract").close("finished", exit_code=0)
+    owner.kill()
+    owner.wait()
+    close_stale(tmp_path)
+    assert read_run(run_path(tmp_path, run.run_id)).status == "interrupted"

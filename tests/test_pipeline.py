@@ -150,7 +150,7 @@ def test_the_stages_own_word_comes_first(tmp_path):
         ("ERROR: unexpected: [Errno 28] No space left on device", 6, "no space left"),
         ("ERROR: Unable to acquire lock", 4, "another DVC"),
         ("ERROR: failed: missing data 'source': in.csv", 3, "missing data 'source': in.csv"),
-        ("ERROR: something new", 255, "DVC failed: something new; see x.log"),
+        ("ERROR: something new", 4, "DVC failed: something new; see x.log"),
     ],
 )
 def test_dvcs_255_becomes_the_stages_code(tmp_path, tail, code, told):

@@ -123,7 +123,7 @@ def test_a_second_look_takes_in_what_changed(project: Project):
     assert sorted(path.name for path in (second.root / "parts").iterdir()) == ["1.csv", "2.csv"]
     assert "5000,1.5,1" in (second.root / "parts/1.csv").read_text()
     lock = yaml.safe_load((second.root / "headrace.lock").read_text())
-    assert list(lock["stages"]["train"]) == ["baseline", "catboost"]
+    assert {"baseline", "catboost"} <= set(lock["stages"]["train"])
 
 
 def test_another_recipe_is_another_workspace(project: Project):

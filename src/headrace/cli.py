@@ -5,6 +5,7 @@ Heavy packages load inside the commands, so that ``headrace --help`` answers at 
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -274,8 +275,12 @@ def _console() -> "Console":
 
 def _project() -> "Project":
     """The project around the current folder, which becomes the current folder."""
+    from headrace.errors import HeadraceError
     from headrace.project import find_project
+    from headrace.tracking.location import repair_location
 
     project = find_project(Path.cwd())
     os.chdir(project.root)
+    with suppress(HeadraceError):  # a locked store says so where it is needed
+        repair_location(project.root)  # after the folder was moved
     return project

@@ -8,11 +8,11 @@ import contextlib
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from headrace.commands.events import (
     MESSAGE,
@@ -33,7 +33,7 @@ from headrace.commands.pipeline import (
     stage_command,
 )
 from headrace.commands.supervise import Group, run
-from headrace.errors import HeadraceError, ResourceError, Stopped
+from headrace.errors import ResourceError, Stopped, explain
 from headrace.lineage import environment_digest, lineage_id, stage_keys
 from headrace.project import LOCK, Project
 from headrace.storage import read_json, write_json
@@ -135,13 +135,18 @@ def journaled(project: Project, kind: RunKind) -> Iterator[RunJournal]:
         yield journal
     except BaseException as error:
         is_stop = isinstance(error, Stopped) or not isinstance(error, Exception)
+        journal.note(explain(error)[0])
         journal.close("interrupted" if is_stop else "failed")
         raise
     journal.close("finished")
 
 
-def record_state(project: Project, dag: Dag, journal: RunJournal) -> str:
+def record_state(
+    project: Project, dag: Dag, journal: RunJournal, *, stale: Collection[str] = ()
+) -> str:
     """Write the lineage of what lies in the folder now, and who made the reused parts; return it.
+
+    Stages in ``stale`` are not up to date: nothing is said of them, nor of results they lead to.
 
     Also to ``.headrace/lineage.json``, beside time, host and commit, which are not part of it.
     """
@@ -152,11 +157,11 @@ def record_state(project: Project, dag: Dag, journal: RunJournal) -> str:
     unchanged = {
         name: made_by(project.journal, name, key=keys[name])
         for name in dag.by_name
-        if name in keys and name not in ran
+        if name in keys and name not in ran and name not in stale
     }
     journal.state(lineage=lineage, stage_keys=keys, unchanged=unchanged)
     metrics = project.data("evaluate") / "metrics.json"
-    if metrics.is_file():
+    if metrics.is_file() and "evaluate" not in stale:
         journal.results(read_json(metrics))
     write_json(
         project.state / "lineage.json",
@@ -188,11 +193,6 @@ def prune_logs(project: Project) -> None:
         runs.sort(key=lambda path: path.stat().st_mtime)
         for folder in runs[:-_KEPT_LOGS]:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def error_of(ended: Mapping[str, Any]) -> HeadraceError:
-    """The error that a run's last event stands for."""
-    return Failure("", int(ended["exit_code"]), str(ended["message"])).error()
 
 
 def deliver(project: Project, logs: Path) -> str:

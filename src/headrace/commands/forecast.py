@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from headrace.data.scan import Source
 
 RUN_BYTES = 430 << 20  # flow, its server and DVC beside a stage (measured)
-_AROUND_BYTES = {"flow": RUN_BYTES, "repro": 130 << 20, "stage": 0}  # by kind of run
+_DVC_BYTES = 130 << 20
+# By kind of run.
+_AROUND_BYTES = {"flow": RUN_BYTES, "repro": _DVC_BYTES, "dvc": _DVC_BYTES, "stage": 0}
 _EXAMPLE = {  # bytes and rows of the tables that the stage `raw` makes
     "airlines.csv": (386, 16),
     "airports.csv": (104_302, 1_458),

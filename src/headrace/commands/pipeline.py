@@ -95,6 +95,14 @@ class Dag:
             )
         )
 
+    def needed_for(self, names: Collection[str]) -> set[str]:
+        """Stages that ``names`` (or matrices) stand for and all they need; all without names."""
+        reached = {member for name in names for member in self.members(name)} or set(self.by_name)
+        for stage in reversed(self.stages):
+            if stage.name in reached:
+                reached.update(stage.upstream)
+        return reached
+
     def downstream(self, names: Collection[str]) -> tuple[str, ...]:
         """Stages that need, directly or not, one of ``names``; without ``names`` themselves."""
         reached = set(names)
@@ -394,9 +402,9 @@ def _dvc_failure(stage: str, finished: Finished) -> Failure:
         return Failure(stage, 4, f"stage {stage}: another DVC holds the project: {told}")
     if "missing data" in told or "does not exist" in told:
         return Failure(stage, 3, f"stage {stage}: {told}")
-    return Failure(
-        stage, finished.exit_code, f"stage {stage}: DVC failed: {told}; see {finished.log}"
-    )
+    if "are missing from" in told:  # parameters of dvc.yaml that params.yaml does not have
+        return Failure(stage, 2, f"stage {stage}: {told}; `headrace upgrade` may mend it")
+    return Failure(stage, 4, f"stage {stage}: DVC failed: {told}; see {finished.log}")
 
 
 def last_line(tail: str) -> str:

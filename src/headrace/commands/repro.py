@@ -6,11 +6,12 @@ failed, which DVC replaces by 255.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
+from headrace.commands.checks import require_code, require_settings
 from headrace.commands.display import Display
 from headrace.commands.events import LineReader
 from headrace.commands.execute import RESUME, deliver, journaled, measured, record_state
@@ -28,6 +29,7 @@ from headrace.commands.pipeline import (
 )
 from headrace.commands.summary import Cost, print_summary
 from headrace.commands.supervise import Finished, Group, stop_on_signals
+from headrace.errors import HeadraceError, Stopped
 from headrace.project import Project
 from headrace.tracking.history import RUN_ID_VARIABLE, read_progress, read_run, run_path
 from headrace.tracking.location import find_store
@@ -51,28 +53,52 @@ def repro(project: Project, stages: Sequence[str], *, wait: bool, console: Conso
         stop_on_signals(RESUME),
         lock_folder(project, "headrace repro", wait=wait, on_wait=told_to(console)) as lock,
     ):
+        require_settings(project)
         use_without_git(project)
         dag = read_dag(project)
         dag.require(stages)
+        require_code(project, dag)
         for note in prepare(project, dag):
             console.print(note, markup=False)
-        if not changes(project, dag):
+        changed = changes(project, dag)
+        if not changed.keys() & dag.needed_for(stages):
             console.print("unchanged, nothing to do")
-            print_summary(project, dag, [], console)
+            _show(project, dag, [], changed, console)
             return
-        with journaled(project, "repro") as journal:
-            logs = project.logs / journal.run_id
-            with Display(console) as display:
-                watcher = _Watcher(project, journal.run_id, logs / "repro.log", display)
-                finished = _run(project, dag, stages, watcher, lock)
-            failure = _failure(project, dag, finished)
-            if failure:
-                raise failure.error()
-            record_state(project, dag, journal)
+        logs = project.logs
+        try:
+            with journaled(project, "repro") as journal:
+                logs = project.logs / journal.run_id
+                with Display(console) as display:
+                    watcher = _Watcher(project, journal.run_id, logs / "repro.log", display)
+                    finished = _run(project, dag, stages, watcher, lock)
+                if failure := _failure(project, dag, finished):
+                    raise failure.error()
+                stale = changes(project, dag) if stages else {}
+                record_state(project, dag, journal, stale=stale)
+        except Stopped:
+            raise
+        except HeadraceError:
+            deliver(project, logs)  # MLflow shows what failed, too; the error is the news here
+            raise
         is_behind = "publish" in dag.by_name and pending(project.journal, find_store(project.root))
         if is_behind and (problem := deliver(project, logs)):
             console.print(problem, markup=False)
-        print_summary(project, dag, watcher.costs(), console)
+        _show(project, dag, watcher.costs(), stale, console)
+
+
+def _show(
+    project: Project,
+    dag: Dag,
+    costs: Sequence[Cost],
+    stale: Mapping[str, object],
+    console: Console,
+) -> None:
+    """Show the results; but not those of stages that are not up to date."""
+    if stale:
+        console.print(f"{len(stale)} stages are not up to date: headrace why", highlight=False)
+    else:
+        print_summary(project, dag, costs, console)
 
 
 class _Watcher:

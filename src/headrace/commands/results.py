@@ -4,7 +4,6 @@ Read from the outs of ``evaluate`` and from the journal; nothing is computed her
 """
 
 import math
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

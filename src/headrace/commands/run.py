@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
+from headrace.commands.checks import require_code, require_settings
 from headrace.commands.display import Display
 from headrace.commands.events import (
     ENDED,
@@ -60,8 +61,10 @@ def run_pipeline(project: Project, *, wait: bool, console: Console) -> None:
         stop_on_signals(RESUME),
         lock_folder(project, "headrace run", wait=wait, on_wait=told_to(console)) as lock,
     ):
+        require_settings(project)
         use_without_git(project)
         dag = read_dag(project)
+        require_code(project, dag)
         for note in prepare(project, dag):
             console.print(note, markup=False)
         if changes(project, dag):

@@ -13,6 +13,7 @@ import yaml
 
 from headrace import __version__
 from headrace.lineage import PACKAGE, code_digest, code_files, stage_modules
+from headrace.models.protocol import KINDS
 from headrace.project import CODE_LOCK
 
 _EVALUATE = "data/evaluate"
@@ -85,10 +86,13 @@ def pipeline_text(
 EVALUATE_OUTS = ("comparison.json", "figures", "manifest.json", "plots", "report.html")
 
 
-def code_lock_text(stages: Sequence[str], models: Sequence[str]) -> str:
-    """Return the text of headrace.lock: one code digest per stage, per model for ``train``."""
+def code_lock_text(stages: Sequence[str]) -> str:
+    """Return the text of headrace.lock: one code digest per stage, per kind of model for ``train``.
+
+    Kinds that are not trained now are named, too, so that ``models`` can be edited freely.
+    """
     digests: dict[str, Any] = {name: code_digest(*stage_modules(name)) for name in stages}
-    digests["train"] = {name: code_digest(*stage_modules(f"train@{name}")) for name in models}
+    digests["train"] = {name: code_digest(*stage_modules(f"train@{name}")) for name in KINDS}
     content = {"headrace": __version__, "stages": dict(sorted(digests.items()))}
     text: str = yaml.safe_dump(content, sort_keys=False)
     return (

@@ -27,6 +27,7 @@ _SECTIONS = {
     "evaluate": "EvaluateParams",
     "publish": "PublishParams",
 }
+_OPTIONAL = ("raw", "watermark")  # of the example, and of databases
 _KNOWN = ("version", "resources", "models", "train", *_SECTIONS)
 
 
@@ -104,6 +105,22 @@ class Settings:
         for name in _SECTIONS:
             if name in self.content:
                 self.section(name)
+
+    def require_all(self) -> None:
+        """Check that every section is written: DVC cannot depend on what is not there.
+
+        Raises:
+            ConfigError: naming the section, and what to write for its defaults.
+        """
+        trained = self.content.get("train") or {}
+        missing = [f"train.{model}" for model in self.models if model not in trained]
+        missing += [name for name in _SECTIONS if name not in (*self.content, *_OPTIONAL)]
+        if missing:
+            name = missing[0].rpartition(".")[2]
+            raise ConfigError(
+                f"{self.path}: section `{missing[0]}` is missing; for its defaults write "
+                f"`{name}: {{}}`{' under `train`' if '.' in missing[0] else ''}"
+            )
 
 
 def read_settings(project: Project) -> Settings:

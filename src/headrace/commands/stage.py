@@ -98,6 +98,7 @@ class _Stopper:
     def __init__(self, project: Project, stage: str) -> None:
         self._project = project
         self._stage = stage
+        self._is_stopping = False
         self._error: HeadraceError = Stopped(
             f"stage {stage} was stopped; run again to resume: finished stages and checkpoints stay"
         )
@@ -122,7 +123,9 @@ class _Stopper:
         timer.start()
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
-        raise self._error
+        if not self._is_stopping:  # a second signal must not cut the orderly stop short
+            self._is_stopping = True
+            raise self._error
 
     def _force(self) -> None:
         write_failure(self._project, self._stage, self._error.exit_code, str(self._error))

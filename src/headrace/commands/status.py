@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from headrace.commands.checks import require_settings
 from headrace.commands.lock import Holder, current_holder
 from headrace.commands.pipeline import Dag, changes, read_dag, use_without_git
 from headrace.commands.why import judge
@@ -48,6 +49,7 @@ class Status:
 
 def status(project: Project) -> Status:
     """Look at the project; nothing is changed. While a run goes on, it is the run that is shown."""
+    require_settings(project)
     use_without_git(project)
     dag = read_dag(project)
     holder = current_holder(project)

@@ -246,6 +246,7 @@ def stop_on_signals(message: str) -> Iterator[None]:
         nonlocal is_stopping
         if not is_stopping:
             is_stopping = True
+            sys.stderr.write("\nstopping: stages get some seconds to keep their checkpoints\n")
             raise Stopped(message)
 
     before = {number: signal.signal(number, on_signal) for number in _SIGNALS}

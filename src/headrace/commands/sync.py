@@ -12,7 +12,7 @@ from typing import cast
 import pyarrow as pa
 
 from headrace.commands import execute
-from headrace.commands.pipeline import read_dag
+from headrace.commands.pipeline import changes, read_dag
 from headrace.commands.settings import read_settings
 from headrace.errors import HeadraceError
 from headrace.lineage import PACKAGE
@@ -94,10 +94,14 @@ def complete_last_run(project: Project) -> None:
     if not run_ids or not has_pipeline:
         return
     run = read_run(run_path(project.journal, run_ids[-1]))
-    if run.kind != "repro" or run.status != "finished" or run.lineage is not None:
+    if run.kind != "dvc" or run.status != "finished" or run.lineage is not None:
         return
     journal = RunJournal(project.journal, run.run_id)
-    execute.record_state(project, read_dag(project), journal)
+    dag = read_dag(project)
+    if changes(project, dag):  # dvc was stopped between two stages
+        journal.close("interrupted")
+        return
+    execute.record_state(project, dag, journal)
     journal.close(run.status)  # again, for it is the last event that closes a run
 
 

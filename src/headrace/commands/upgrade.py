@@ -73,7 +73,7 @@ def upgrade(project: Project) -> Upgraded:
     if not is_source_tree(project):
         lock = project.root / CODE_LOCK
         locked = read_yaml(lock) if lock.is_file() else {}
-        new = code_lock_text(stage_names(project), settings.models)
+        new = code_lock_text(stage_names(project))
         stages = [*stage_names(project), *(f"train@{model}" for model in settings.models)]
         found = yaml.safe_load(new)
         changed |= {
@@ -112,12 +112,12 @@ def write_around(
         ConfigError: params.yaml is wrong.
     """
     root = project.root
-    settings = read_settings(project)
+    read_settings(project)  # what follows from params.yaml is written only if it is right
     if force:
         (root / PIPELINE).unlink(missing_ok=True)
     files = {PIPELINE: expected_pipeline(project)}
     if not is_source_tree(project):
-        files[CODE_LOCK] = code_lock_text(stage_names(project), settings.models)
+        files[CODE_LOCK] = code_lock_text(stage_names(project))
     ignored = root / ".gitignore"
     before = ignored.read_text(encoding="utf-8") if ignored.is_file() else ""
     written, kept = [], []

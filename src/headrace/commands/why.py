@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from headrace.commands.checks import require_settings
 from headrace.commands.pipeline import Dag, changes, locked_entries, read_dag, use_without_git
 from headrace.params import read_yaml
 from headrace.project import Project
@@ -48,6 +49,7 @@ def why(project: Project, stages: tuple[str, ...] = ()) -> list[Verdict]:
     Raises:
         ConfigError: if one of ``stages`` is not in dvc.yaml.
     """
+    require_settings(project)
     use_without_git(project)
     dag = read_dag(project)
     dag.require(stages)

@@ -18,7 +18,8 @@ from headrace.record import Scalar
 from headrace.storage import read_json
 
 RUN_ID_VARIABLE = "HEADRACE_RUN_ID"
-RunKind = Literal["flow", "repro", "stage"]
+# Who ran the stages: `headrace run`, `headrace repro`, plain dvc, or a person, one stage.
+RunKind = Literal["flow", "repro", "dvc", "stage"]
 RunStatus = Literal["running", "finished", "failed", "interrupted"]
 StageStatus = Literal["running", "finished", "failed", "stopped", "interrupted"]
 

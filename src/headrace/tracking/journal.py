@@ -240,7 +240,7 @@ def open_stage(folder: Path, stage: str) -> Iterator[StageJournal]:
             run.close("interrupted" if is_stop else "failed")
         raise
     recorder.close("finished", exit_code=0)
-    if kind == "stage" or (kind == "repro" and stage == "publish"):
+    if kind == "stage" or (kind == "dvc" and stage == "publish"):
         run.close("finished")
 
 
@@ -343,8 +343,8 @@ def _run_of_this_process(folder: Path) -> tuple[RunJournal, RunKind]:
         mark = process_mark(dvc)
         for run_id in reversed(list_runs(folder)):
             if owner_of(run_path(folder, run_id)) == mark:
-                return RunJournal(folder, run_id), "repro"
-        return _open_run(folder, kind="repro", owner_pid=dvc), "repro"
+                return RunJournal(folder, run_id), "dvc"
+        return _open_run(folder, kind="dvc", owner_pid=dvc), "dvc"
 
 
 def _close_orphan(folder: Path, run: Run) -> None:
@@ -355,7 +355,7 @@ def _close_orphan(folder: Path, run: Run) -> None:
         journal._append("stage_close", data, stage_run=stage.stage_run)
     if any(stage.status == "failed" for stage in run.stages):
         journal.close("failed")
-    elif run.kind == "flow" or any(stage.status != "finished" for stage in run.stages):
+    elif run.kind in ("flow", "repro") or any(stage.status != "finished" for stage in run.stages):
         journal.close("interrupted")
     else:
         journal.close("finished")
