@@ -1,6 +1,7 @@
 """The network: masks, weights, unseen codes, resume, and the very same bytes twice."""
 
 import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -248,6 +249,16 @@ def test_settings_that_name_no_target_are_refused(views, tmp_path, params, told)
 def test_a_device_that_is_not_there_is_refused(views, tmp_path):
     with pytest.raises(DependencyError, match="'cuda'"):
         fitted(views, tmp_path, resources=Resources(device="cuda"))
+
+
+@pytest.mark.parametrize("name", ["encoder.json", "encoder.safetensors", "contract.json"])
+def test_a_damaged_encoder_is_refused(views, tmp_path, name):
+    shutil.copytree(views.encoded, tmp_path / "encode")
+    path = tmp_path / "encode" / name
+    path.write_bytes(path.read_bytes().replace(b"0", b"1"))
+
+    with pytest.raises(IntegrityError, match=f"is damaged: .*{name}"):
+        fitted(replace(views, encoded=tmp_path / "encode"), tmp_path)
 
 
 def test_diverging_training_names_rows(views, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
+from headrace.data.incoming import InputColumn
 from headrace.data.predictions import read_predictions
 from headrace.data.table import open_table
 from headrace.errors import IntegrityError, SchemaError
@@ -144,6 +146,26 @@ def test_test_labels_do_not_change_what_is_published(case: Case, tmp_path: Path)
     permuted = make_case(tmp_path, permute_test_labels=True)
 
     assert permuted.published.digest == case.published.digest
+
+
+def test_the_threshold_of_labels_is_in_the_package(case: Case, package: Package) -> None:
+    """package.json says from which probability on the second label is predicted, and it counts."""
+    assert json.loads((case.package / "package.json").read_text())["threshold"] == 0.5
+    high = replace(package, description=package.description.model_copy(update={"threshold": 0.9}))
+    predicted = high.predict(raw_rows(200)).to_pandas()
+
+    assert ((predicted.late == "true") == (predicted.late_probability_true >= 0.9)).all()
+    assert predicted.late_probability_true.between(0.5, 0.9, inclusive="left").any()
+
+
+def test_an_example_holds_whole_numbers_of_64_unsigned_bits(tmp_path: Path) -> None:
+    """An identifier beyond int64, as hashes are, comes back as it was."""
+    column = InputColumn(name="hash", role="category", dtype="uint64", reduced="uint64")
+    write_json(
+        tmp_path / "input_example.json", {"columns": ["hash"], "data": [[2**64 - 1], [None]]}
+    )
+
+    assert read_example(tmp_path, [column])["hash"].to_pylist() == [2**64 - 1, None]
 
 
 def test_requirements_name_ranges_not_what_is_installed() -> None:

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from headrace.training.stopping import EarlyStopping
 
 
-def run(values, *, patience, min_gain=0.0):
-    stopping = EarlyStopping(patience, min_gain)
+def run(values, *, patience):
+    stopping = EarlyStopping(patience)
     for epoch, value in enumerate(values):
         stopping.see(epoch, value)
         if stopping.is_over:
@@ -29,12 +29,6 @@ def test_a_tie_is_no_gain():
     stopping, num_epochs = run([1.0] * 10, patience=3)
 
     assert (stopping.best_epoch, num_epochs) == (0, 4)
-
-
-def test_less_than_the_least_gain_is_no_gain():
-    stopping, num_epochs = run([1.0, 0.95, 0.91, 0.85], patience=2, min_gain=0.1)
-
-    assert (stopping.best_epoch, num_epochs) == (0, 3)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -28,15 +28,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from headrace.data.encoder import EncodedBatch, Encoder
+from headrace.data.encoder import ENCODER, QUANTILES, EncodedBatch, Encoder
 from headrace.data.shards import Shards, open_shards
 from headrace.data.stream import Batch, BatchStream, loader, to_tensors
 from headrace.errors import ConfigError, IntegrityError, SchemaError, nearest
 from headrace.models.protocol import TrainViews, Values
 from headrace.params import Resources, Section
 from headrace.record import Recorder
-from headrace.schema import Target
-from headrace.storage import canonical_json, digest_bytes, read_json, write_json
+from headrace.schema import CONTRACT, Target
+from headrace.storage import canonical_json, digest_bytes, read_json, verify_file, write_json
 from headrace.training.checkpoint import Checkpoints
 from headrace.training.device import RandomStream, pick_device, torch_threads
 from headrace.training.loop import Losses, LossMeans, Outcome, train_network
@@ -243,6 +243,8 @@ def fit_multihead(
     shards = open_shards(views.encoded, "train", contract_digest=views.contract.digest)
     fold = shards.read("fold")
     learn = np.isin(fold, views.learn_folds)
+    for name in (ENCODER, QUANTILES, CONTRACT):
+        verify_file(views.encoded, name)
     inputs = _inputs(Encoder.load(views.encoded), embedding_size)
     scales = target_scales(shards, targets, learn)
     config = _Config(

@@ -53,6 +53,9 @@ class Description(Section):
     contract: str  # digest of contract.json
     inputs: Annotated[tuple[InputColumn, ...], Field(strict=False)]
     targets: dict[str, Mixture]
+    # A binary target's label is labels[1] from this probability on. `evaluate.threshold` is apart
+    # from it: that one says at which probability the report counts errors.
+    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
 
     @property
     def members(self) -> tuple[str, ...]:
@@ -86,7 +89,9 @@ class Package:
 
         A regression has one column named like the target. A classification has the label under
         the target's name and probabilities as ``TARGET_probability_LABEL``: of the second label
-        in a binary task, of every label otherwise. The label is the most probable one.
+        in a binary task, of every label otherwise. The label is the most probable one;
+        in a binary task the second from the package's ``threshold`` on, whatever
+        `evaluate.threshold` is.
 
         Raises:
             SchemaError: if a column is missing or has another type; all of them are named.
@@ -103,7 +108,7 @@ class Package:
         for target in self.contract.targets:
             weights = self.description.targets[target.name].weights
             values = mix({name: told[name][target.name] for name in weights}, weights)
-            columns += _columns(values, target)
+            columns += _columns(values, target, threshold=self.description.threshold)
         return pa.Table.from_arrays(columns, schema=self.output_schema)
 
     def _ask_members(self, inputs: pa.Table) -> dict[str, Values]:
@@ -187,17 +192,22 @@ def read_example(folder: Path, inputs: Sequence[InputColumn]) -> pa.Table:
     """Return the rows of a package's input example, as raw rows."""
     content = read_json(folder / EXAMPLE)
     columns = {
-        column.name: pa.array([row[j] for row in content["data"]]).cast(column.type)
+        column.name: _example_values([row[j] for row in content["data"]], column.type)
         for j, column in enumerate(inputs)
     }
     return pa.table(columns)
 
 
-def _columns(values: Any, target: Target) -> list[pa.Array]:
+def _example_values(values: list[Any], kind: pa.DataType) -> pa.Array:
+    # Arrow would take whole numbers for int64, which the upper half of uint64 exceeds.
+    return pa.array(values, kind) if pa.types.is_integer(kind) else pa.array(values).cast(kind)
+
+
+def _columns(values: Any, target: Target, *, threshold: float) -> list[pa.Array]:
     if target.task == "regression":
         return [pa.array(values)]
     labels = pa.array(target.labels, pa.string())
     if target.task == "binary":
-        return [labels.take(pa.array((values >= 0.5).astype(np.int64))), pa.array(values)]
+        return [labels.take(pa.array((values >= threshold).astype(np.int64))), pa.array(values)]
     best = labels.take(pa.array(np.argmax(values, axis=1)))
     return [best, *(pa.array(np.ascontiguousarray(values[:, k])) for k in range(len(labels)))]

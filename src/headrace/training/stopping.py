@@ -1,7 +1,7 @@
 """When to stop training: counts epochs without improvement. Pure: numbers in, a verdict out.
 
-An epoch counts as better only if it beats the best by more than ``min_gain``; a tie is no gain, so
-a plateau ends. NaN and infinity end training at once: no later epoch can be trusted.
+An epoch counts as better only if it beats the best; a tie is no gain, so a plateau ends. NaN and
+infinity end training at once: no later epoch can be trusted.
 """
 
 import math
@@ -17,7 +17,6 @@ class EarlyStopping:
     """
 
     patience: int
-    min_gain: float = 0.0
     best: float = math.inf
     best_epoch: int = -1
     epochs_without_gain: int = 0
@@ -28,7 +27,7 @@ class EarlyStopping:
         if not math.isfinite(value):
             self.is_diverged = True
             return False
-        if value < self.best - self.min_gain:
+        if value < self.best:
             self.best, self.best_epoch, self.epochs_without_gain = value, epoch, 0
             return True
         self.epochs_without_gain += 1
