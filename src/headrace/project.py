@@ -24,7 +24,7 @@ class Project:
 
     @property
     def state(self) -> Path:
-        """``.headrace/``: git-ignored caches, checkpoints, journal; safe to delete when idle."""
+        """``.headrace/``: git-ignored caches, checkpoints, logs, and the journal (the history)."""
         return self.root / ".headrace"
 
     @property
