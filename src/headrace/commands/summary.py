@@ -93,6 +93,8 @@ def _pointers(project: Project, dag: Dag, *, has_results: bool) -> list[str]:
     if count:
         times = "once" if count == 1 else f"{count} times"
         lines.append(f"test rows of this split looked at: {times}")
+    elif has_results:
+        lines.append("test rows of this split looked at: unknown, the journal was removed")
     keys = stage_keys(project.root / LOCK)
     lines.append(f"lineage id: {lineage_id(keys, dag.by_name, environment_digest())}")
     if path := report(project):
