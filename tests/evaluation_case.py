@@ -28,9 +28,6 @@ class Case:
     noise: dict[str, float] = field(default_factory=lambda: {"plain": 3.0, "sharp": 1.0})
     has_weight: bool = False
     labels: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)  # split → target
-    split: Split | None = Split(kind="time", column="when")
-    groups: tuple[str, ...] = ()  # columns of role group before the time: the day modulo 7, 8, …
-    more_times: tuple[str, ...] = ()  # columns of role time before ``when``: all of one day
     split: Split | None = BY_TIME
     groups: tuple[str, ...] = ()  # columns of role group before the time: the day modulo 7, 8, …
     more_times: tuple[str, ...] = ()  # columns of role time before ``when``: all of one day
@@ -85,10 +82,6 @@ class Case:
                     "fold": pa.nulls(self.num_rows, pa.int8()),
                     "when": pa.array(seconds * 1_000_000).cast(pa.timestamp("us")),
                 }
-                for number, name in enumerate(self.groups):
-                    columns[name] = pa.array(self.day[split] % (7 + number))
-                for name in self.more_times:
-                    columns[name] = pa.array(seconds * 0).cast(pa.timestamp("us"))
                 for number, name in enumerate(self.groups):
                     columns[name] = pa.array(self.day[split] % (7 + number))
                 for name in self.more_times:

@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 from headrace.errors import DataError, IntegrityError, ResourceError, SchemaError
 from headrace.params import Resources
 from headrace.record import MemoryRecorder
-from headrace.schema import Target
+from headrace.schema import Target, file_stem
 from headrace.stages.evaluate import EvaluateParams, evaluate
 from headrace.stages.stack import StackParams, stack
 from headrace.storage import new_folder, read_json, verify_folder, write_file, write_json
@@ -454,7 +454,7 @@ def test_names_with_odd_characters_are_safe(tmp_path):
     assert page.open == []
     assert len(page.ids) == len(set(page.ids))
     assert "late $x_{1}$ <b> & co" in " ".join(page.text)
-    svg = (out / "figures" / "late__x__1____b____co_calibration.svg").read_text()
+    svg = (out / "figures" / f"{file_stem(odd.name)}_calibration.svg").read_text()
     assert "mean predicted probability of $x_{1}$ <b>" in " ".join(Page(svg).text)
 
 
@@ -467,3 +467,30 @@ def test_an_unfinished_run_leaves_nothing(tmp_path):
     with pytest.raises(IntegrityError, match="no manifest"):
         run(case, tmp_path, profile=tmp_path / "bad" / "profile.json")
     assert (tmp_path / "evaluate" / "manifest.json").read_bytes() == before
+
+
+def test_rows_as_units_are_said_once(tmp_path):
+    """Not: 600 test rows, 600 rows."""
+    params = PARAMS.model_copy(update={"unit": "row"})
+    done, out, recorder = run(Case(targets=(DELAY,)), tmp_path, params)
+    assert str(done).endswith("600 test rows")
+    assert "600 test rows\n" in recorder.notes[-1]
+    page = " ".join(Page((out / "report.html").read_text()).text)
+    assert "600 rows" in page
+    assert not re.search(r"600 rows[ ,(]+600 rows", " ".join(page.split()))
+
+
+@pytest.mark.parametrize("name", ["km/h", "..", "a b"])
+def test_a_target_of_any_name_has_files_of_its_own(tmp_path, name):
+    """Its name is no path; a target whose plain form is the same keeps its own files."""
+    targets = (Target(name=name, task="regression"), Target(name="a_b", task="regression"))
+    case = Case(targets=targets)
+    _, out, _ = run(case, tmp_path)
+    assert set(read_json(out / "metrics.json")) == {name, "a_b"}
+    files = {path.parent.name for path in tmp_path.rglob("*") if path.suffix in (".csv", ".svg")}
+    assert files == {"plots", "figures"}
+    predictions = tmp_path / "stack" / "predictions"
+    assert {path.name for path in predictions.iterdir()} == {
+        f"{file_stem(name)}.parquet",
+        "a_b.parquet",
+    }

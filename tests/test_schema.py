@@ -1,7 +1,7 @@
 """The data contract: written once, read back equal, refused when it is of another form."""
 
-from decimal import Decimal
 import re
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np

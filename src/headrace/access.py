@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import unquote
 
 from headrace.errors import ConfigError, DataError, nearest
 from headrace.project import find_project
@@ -121,17 +122,18 @@ def predictions(path: Path | str, target: str) -> pd.DataFrame:
 
     from headrace.data.frames import to_series
     from headrace.data.predictions import FOLDER
+    from headrace.schema import file_stem
 
     folder = _found(path)
     names = sorted(
-        Path(name).stem for name in read_manifest(folder) if name.startswith(f"{FOLDER}/")
+        unquote(Path(name).stem) for name in read_manifest(folder) if name.startswith(f"{FOLDER}/")
     )
     if target not in names:
         known = f"; there are: {', '.join(names)}" if names else ""
         raise DataError(
             f"{folder} has no predictions of {target!r}{nearest(target, names) or known}"
         )
-    rows = pq.read_table(verify_file(folder, f"{FOLDER}/{target}.parquet"))
+    rows = pq.read_table(verify_file(folder, f"{FOLDER}/{file_stem(target)}.parquet"))
     import pandas as pd
 
     return pd.concat(

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from headrace.errors import DataError, IntegrityError
-from headrace.schema import FOLD, ROW_ID, Target
+from headrace.schema import FOLD, ROW_ID, Target, file_stem
 
 FOLDER = "predictions"
 
@@ -74,7 +74,7 @@ def write_predictions(folder: Path, predictions: Predictions, target: Target) ->
         columns |= {f"class_{k}": pa.array(values[:, k]) for k in range(target.num_outputs)}
     else:
         columns["prediction"] = pa.array(values)
-    path = folder / FOLDER / f"{predictions.target}.parquet"
+    path = folder / FOLDER / f"{file_stem(predictions.target)}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), path, compression="zstd")
 
@@ -85,7 +85,7 @@ def read_predictions(folder: Path, target: Target) -> Predictions:
     Raises:
         IntegrityError: if the file is missing or lacks a column of the layout.
     """
-    path = folder / FOLDER / f"{target.name}.parquet"
+    path = folder / FOLDER / f"{file_stem(target.name)}.parquet"
     if not path.is_file():
         raise IntegrityError(f"{path} does not exist; run `headrace repro` to make it")
     table = pq.read_table(path)

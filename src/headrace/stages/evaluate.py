@@ -7,7 +7,6 @@ told to the recorder once, by the digest of the test rows' ids.
 
 import csv
 import io
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,7 +36,7 @@ from headrace.evaluation.selection import STACK, rounded
 from headrace.memory import format_bytes
 from headrace.params import Resources, Section
 from headrace.record import Recorder
-from headrace.schema import Contract, Target
+from headrace.schema import Contract, Target, file_stem
 from headrace.storage import (
     new_folder,
     read_json,
@@ -94,7 +93,8 @@ class Evaluated:
             for row in self.rows
             if row.is_primary
         ]
-        return "\n".join([*lines, f"{self.num_rows} test rows, {self.num_units} {self.unit}s"])
+        units = "" if self.unit == "row" else f", {self.num_units} {self.unit}s"
+        return "\n".join([*lines, f"{self.num_rows} test rows{units}"])
 
 
 def evaluate(
@@ -138,7 +138,8 @@ def evaluate(
     resampling = Resampling(params.num_resamples, params.confidence, params.seed, resources.threads)
     judged: list[_Judgement] = []
     with new_folder(out) as folder:
-        for stem, target in _stems(source.contract.targets):
+        for target in source.contract.targets:
+            stem = file_stem(target.name)
             recorder.progress(len(judged), len(source.contract.targets), unit="targets")
             one = _judge_target(
                 target, folders, truth, units, resampling, params, selection[target.name]
@@ -257,7 +258,7 @@ def _write_plot_files(folder: Path, stem: str, points: Points) -> None:
             writer = csv.writer(text, lineterminator="\n")
             writer.writerow(["x", "y"])
             writer.writerows([rounded(x), rounded(y)] for x, y in line.tolist())
-            write_file(folder / f"{stem}.{kind}.{_stem(name)}.csv", text.getvalue())
+            write_file(folder / f"{stem}.{kind}.{file_stem(name)}.csv", text.getvalue())
 
 
 def _record(judged: Sequence[_Judgement], out: Path, recorder: Recorder) -> None:
@@ -282,9 +283,9 @@ def _note(comparison: Comparison) -> str:
     title = next(
         found.metric.title for found in comparison.judged if found.metric.name == comparison.primary
     )
+    units = "" if comparison.unit == "row" else f", {comparison.num_units:,} {comparison.unit}s"
     lines = [
-        f"**{comparison.target}** on {comparison.num_rows:,} test rows, "
-        f"{comparison.num_units:,} {comparison.unit}s",
+        f"**{comparison.target}** on {comparison.num_rows:,} test rows{units}",
         "",
         f"| model | {title} | |",
         "|---|---|---|",
@@ -343,19 +344,6 @@ def _require_memory(source: Table, num_models: int, resources: Resources) -> Non
             f"{num_models} models, and may use {format_bytes(resources.memory_budget)}; raise "
             f"`resources.memory_budget` or give test a smaller share in `extract.split`"
         )
-
-
-def _stems(targets: Sequence[Target]) -> list[tuple[str, Target]]:
-    """File names for targets: their own where that is a plain name, and never the same twice."""
-    stems = [_stem(target.name) for target in targets]
-    return [
-        (stem if stems.count(stem) == 1 else f"{stem}-{number}", target)
-        for number, (stem, target) in enumerate(zip(stems, targets, strict=True))
-    ]
-
-
-def _stem(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_-]", "_", name)
 
 
 def _named(stem: str, figures: Sequence[Figure]) -> tuple[Figure, ...]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from headrace.errors import DependencyError, IntegrityError
+from headrace.memory import format_bytes
 from headrace.params import Resources, Section
 from headrace.record import Recorder
 from headrace.storage import new_folder, write_file
@@ -57,7 +58,7 @@ class Materialised:
 
     def __str__(self) -> str:
         """One line for the terminal."""
-        return f"{len(self.files)} files, {self.num_bytes / 1e6:.1f} MB: {', '.join(self.files)}"
+        return f"{len(self.files)} files, {format_bytes(self.num_bytes)}: {', '.join(self.files)}"
 
 
 def raw(out: Path, params: RawParams, *, resources: Resources, recorder: Recorder) -> Materialised:  # noqa: ARG001 every stage gets its resources
