@@ -30,9 +30,9 @@ from headrace.models.catboost import (
 from headrace.params import Resources, parse_section
 from headrace.record import MemoryRecorder
 from tests.train_case import (
-    CPU,
     DELAY,
     LATE,
+    RESOURCES,
     encoded_rows,
     example_columns,
     make_case,
@@ -62,11 +62,11 @@ def views(tmp_path_factory):
     return make_case(tmp_path_factory.mktemp("case"), weight=True)
 
 
-def fitted(views, folder, *, recorder=None, resources=CPU, **params):
+def fitted(views, folder, *, recorder=None, resources=RESOURCES, **params):
     recorder = recorder or MemoryRecorder()
     model = fit(
         views,
-        CatboostParams(**{"iterations": 60, "patience": 20, "depth": 3, **params}),
+        CatboostParams(**{"device": "cpu", "iterations": 60, "patience": 20, "depth": 3, **params}),
         checkpoints=folder / "checkpoints",
         resources=resources,
         recorder=recorder,
@@ -294,7 +294,7 @@ def test_the_sample_is_by_row_and_not_by_position():
 
 
 def test_a_memory_budget_that_cannot_hold_the_pool_is_refused_before_reading(views, tmp_path):
-    resources = Resources(device="cpu", memory_budget=100_000)
+    resources = Resources(memory_budget=100_000)
     with pytest.raises(ResourceError, match=r"about .* KiB for 600 train rows, .*pool_budget") as e:
         fitted(views, tmp_path, resources=resources)
     assert "resources.memory_budget" in str(e.value)
@@ -308,8 +308,10 @@ def test_what_catboost_refuses_is_one_message(tmp_path):
 
 def test_a_gpu_that_is_not_there_is_refused(views, tmp_path, monkeypatch):
     monkeypatch.setattr(catboost_kind, "_GPU_DRIVER", tmp_path / "absent")
-    with pytest.raises(DependencyError, match="'cuda', but CatBoost finds no GPU"):
-        fitted(views, tmp_path, resources=Resources(device="cuda"))
+    with pytest.raises(
+        DependencyError, match=r"`train\.catboost\.device` is 'cuda', but CatBoost finds no GPU"
+    ):
+        fitted(views, tmp_path, device="cuda")
 
 
 def test_half_a_model_is_refused(views, tmp_path):

@@ -19,14 +19,13 @@ from headrace.models.multihead import (
     row_losses,
 )
 from headrace.models.nn import NnParams, fit, load
-from headrace.params import Resources
 from headrace.record import MemoryRecorder
 from headrace.training.device import RandomStream
 from tests.train_case import (
     CLASS,
-    CPU,
     DELAY,
     LATE,
+    RESOURCES,
     encoded_rows,
     example_columns,
     make_case,
@@ -35,6 +34,7 @@ from tests.train_case import (
 )
 
 QUICK = {
+    "device": "cpu",
     "hidden_sizes": [16],
     "batch_rows": 64,
     "max_epochs": 3,
@@ -65,7 +65,7 @@ def views(tmp_path_factory):
     return make_case(tmp_path_factory.mktemp("case"), weight=True)
 
 
-def fitted(views, folder, *, recorder=None, resources=CPU, **params):
+def fitted(views, folder, *, recorder=None, resources=RESOURCES, **params):
     recorder = recorder or MemoryRecorder()
     model = fit(
         views,
@@ -247,8 +247,8 @@ def test_settings_that_name_no_target_are_refused(views, tmp_path, params, told)
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_device_that_is_not_there_is_refused(views, tmp_path):
-    with pytest.raises(DependencyError, match="'cuda'"):
-        fitted(views, tmp_path, resources=Resources(device="cuda"))
+    with pytest.raises(DependencyError, match=r"`train\.nn\.device` is 'cuda'"):
+        fitted(views, tmp_path, device="cuda")
 
 
 @pytest.mark.parametrize("name", ["encoder.json", "encoder.safetensors", "contract.json"])

@@ -18,7 +18,7 @@ from headrace.models.protocol import (
 from headrace.params import Section
 from headrace.record import MemoryRecorder
 from headrace.storage import read_json, write_json
-from tests.train_case import CPU, make_case
+from tests.train_case import RESOURCES, make_case
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -69,7 +69,7 @@ def saved(tmp_path_factory):
         views,
         BaselineParams(),
         checkpoints=folder / "checkpoints",
-        resources=CPU,
+        resources=RESOURCES,
         recorder=MemoryRecorder(),
     )
     save_model(model, folder / "out", views.contract)

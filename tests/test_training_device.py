@@ -62,7 +62,7 @@ def test_a_device_that_is_not_there_is_named_with_those_that_are(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert pick_device("auto") == pick_device("cpu") == CPU
-    with pytest.raises(DependencyError, match=r"`resources.device` is 'cuda'.* only cpu .*auto"):
+    with pytest.raises(DependencyError, match=r"`train.nn.device` is 'cuda'.* only cpu .*auto"):
         pick_device("cuda")
 
 

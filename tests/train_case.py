@@ -27,7 +27,7 @@ ROLES: dict[str, Role] = {
     "gate": "category",
     "importance": "weight",
 }
-CPU = Resources(device="cpu")
+RESOURCES = Resources()
 
 
 def example_columns(
@@ -85,7 +85,7 @@ def encode_only(folder: Path) -> TrainViews:
         folder / "reduce",
         folder / "encode",
         EncodeParams(shard_bytes=8000),
-        resources=CPU,
+        resources=RESOURCES,
         recorder=MemoryRecorder(),
     )
     return views_of(folder)

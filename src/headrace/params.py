@@ -7,7 +7,7 @@ read the same file. So what is ambiguous is refused here, with the spelling that
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -63,7 +63,6 @@ class Resources(Section):
     memory_budget: Bytes = 2 << 30  # summed over all processes of the run, mapped files excluded
     threads: Annotated[int, Field(ge=1, le=1024)] = 2
     workers: Annotated[int, Field(ge=0, le=1024)] = 0  # DataLoader processes; 0 reads in-process
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -127,7 +127,6 @@ def _resources(draft: Draft) -> str:
         f"  memory_budget: {draft.memory_budget}\n"
         f"  threads: {draft.threads}\n"
         "  workers: 0  # processes that read batches; 0: the training process reads itself\n"
-        "  device: auto  # cpu, cuda or mps\n"
     )
 
 
@@ -198,11 +197,13 @@ def _rest(draft: Draft) -> str:
         "baseline": "    kind: prior  # or linear\n",
         "catboost": (
             f"    threads: {draft.threads}\n"
+            "    device: auto  # or cpu, cuda; another one gives slightly other trees\n"
             "    iterations: 2000  # trees at most; training stops when an inner part of train\n"
             "    patience: 100  # has not gained for so many\n"
         ),
         "nn": (
             f"    threads: {draft.threads}  # another number gives slightly other weights\n"
+            "    device: auto  # or cpu, cuda, mps; another one likewise\n"
             "    max_epochs: 30\n"
             "    patience: 4\n"
             "    batch_rows: 1024\n"

@@ -72,6 +72,7 @@ class CatboostParams(Section):
 
     seed: Annotated[int, Field(ge=0)] = 0
     threads: Annotated[int, Field(ge=1, le=1024)] = 2
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # results depend on it; auto: a GPU if present
     iterations: Annotated[int, Field(ge=1)] = 2000  # trees at most
     patience: Annotated[int, Field(ge=1)] = 100  # trees without a gain before training ends
     learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None  # None: from rows and trees
@@ -174,7 +175,7 @@ def fit(
     num_rows = rows_to_learn_from(table.num_rows("train"), contract, params, recorder)
     _refuse_small_memory(num_rows, contract, params, resources)
     rows = _read_rows(table, views, params, num_rows, recorder)
-    task_type = "GPU" if _is_gpu_used(resources.device) else "CPU"
+    task_type = "GPU" if _is_gpu_used(params.device) else "CPU"
     recorder.params(
         {
             "device": task_type.lower(),
@@ -519,17 +520,17 @@ def _forget_circumstances(trees: Any) -> None:
             metadata[key] = canonical_json(content)
 
 
-def _is_gpu_used(device: str) -> bool:
+def _is_gpu_used(device: Literal["auto", "cpu", "cuda"]) -> bool:
     from catboost.utils import get_gpu_device_count
 
-    if device not in ("auto", "cuda"):
+    if device == "cpu":
         return False
     # Asked only where there is a driver: elsewhere CatBoost prints an error to stderr.
     is_present: bool = _GPU_DRIVER.exists() and get_gpu_device_count() > 0
     if device == "cuda" and not is_present:
         raise DependencyError(
-            "`resources.device` is 'cuda', but CatBoost finds no GPU on this machine; set it to "
-            "auto or cpu"
+            "`train.catboost.device` is 'cuda', but CatBoost finds no GPU on this machine; set it "
+            "to auto or cpu"
         )
     return is_present
 

@@ -239,7 +239,7 @@ def fit_multihead(
     """Train a network on the learn folds of ``views``; see ``headrace.models.nn.fit``."""
     targets = views.contract.targets
     _refuse_unknown_targets(targets, target_weights, stop_on)
-    device = pick_device(resources.device)
+    device = pick_device(training.device)
     shards = open_shards(views.encoded, "train", contract_digest=views.contract.digest)
     fold = shards.read("fold")
     learn = np.isin(fold, views.learn_folds)

@@ -27,7 +27,7 @@ def pick_device(wanted: str) -> torch.device:
         return torch.device(present[0])
     if wanted not in present:
         raise DependencyError(
-            f"`resources.device` is {wanted!r}, but torch finds only {', '.join(present)} on this "
+            f"`train.nn.device` is {wanted!r}, but torch finds only {', '.join(present)} on this "
             f"machine; set it to auto"
         )
     return torch.device(wanted)

@@ -14,6 +14,8 @@ class TrainingParams(Section):
     # Of torch; the weights' bits depend on it. Small layers gain little from a second thread and
     # lose much when another process wants the core.
     threads: Annotated[int, Field(ge=1, le=256)] = 1
+    # Results depend on it. auto: the first present of cuda, mps, cpu
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     max_epochs: Annotated[int, Field(ge=1)] = 60
     patience: Annotated[int, Field(ge=1)] = 6  # epochs without a gain before training ends
     batch_rows: Annotated[int, Field(ge=2)] | None = None  # None: by the number of rows
