@@ -96,7 +96,8 @@ def _show(
 ) -> None:
     """Show the results; but not those of stages that are not up to date."""
     if stale:
-        console.print(f"{len(stale)} stages are not up to date: headrace why", highlight=False)
+        count = "1 stage is" if len(stale) == 1 else f"{len(stale)} stages are"
+        console.print(f"{count} not up to date: headrace why", highlight=False)
     else:
         print_summary(project, dag, costs, console)
 
