@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from headrace.data.predictions import Predictions, write_predictions
-from headrace.schema import Column, Contract, Split, Target
+from headrace.schema import SPLITS, Column, Contract, Split, Target
 from headrace.storage import new_folder, write_file
 
 DELAY = Target(name="delay", task="regression")
@@ -118,9 +118,10 @@ class Case:
             target=target.name,
             row_id=row_id,
             fold=np.full(len(row_id), -1, np.int8),
-            split=np.repeat(np.array(splits), self.num_rows),
+            split=np.repeat(np.array([SPLITS.index(s) for s in splits], np.int8), self.num_rows),
             values=np.concatenate([self.prediction(target, model, split) for split in splits]),
-            folds_seen=tuple(() for _ in row_id),
+            folds_seen=((),),
+            seen=np.zeros(len(row_id), np.int32),
         )
 
     def write_model(self, folder: Path, model: str, change=lambda predictions: predictions) -> Path:

@@ -285,6 +285,14 @@ def test_rows_without_identity_are_refused_with_the_remedy(case):
         case.run(recipe="r.sql", key=[])
 
 
+@pytest.mark.parametrize("kind", ["VARCHAR", "DOUBLE", "INTEGER", "UBIGINT"])
+def test_a_row_id_of_the_recipe_that_is_no_bigint_is_refused(case, kind):
+    case.table()
+    case.write("r.sql", f"SELECT id::{kind} AS row_id, x, y FROM rows")
+    with pytest.raises(ConfigError, match=rf"row_id of its own, of type {kind}.*`extract.key`"):
+        case.run(recipe="r.sql", key=[])
+
+
 def test_a_recipe_cannot_reach_python_or_other_files(case):
     case.table()
     secret = case.write("secret.csv", "a\n1\n")
@@ -491,6 +499,8 @@ def test_values_outside_a_declared_range_are_counted_and_warned_of(case):
         ({"columns": {"x": {"role": "key"}}}, ConfigError, "`extract.key` does not have x"),
         ({"columns": {"kind": {"role": "numeric"}}}, SchemaError, "declared numeric.*string"),
         ({"columns": {"x": {"role": "time"}}}, SchemaError, "declared time.*double"),
+        ({"columns": {"kind": {"range": [0, 1]}}}, SchemaError,
+         r"`range` of columns that are no numbers: kind \(string\)"),
         ({"key": ["y"]}, ConfigError, "in `extract.key` and in `extract.targets`"),
         ({"columns": {"kind": {"role": "category"}}, "max_categories": 2}, DataError,
          "3 different values, more than `extract.max_categories` = 2"),
@@ -504,6 +514,14 @@ def test_declarations_that_contradict_are_refused(case, settings, error, message
         case.table(num_rows=2)
     with pytest.raises(error, match=message):
         case.run(**settings)
+
+
+def test_a_time_of_day_is_no_category_and_the_remedy_is_named(case):
+    case.table()
+    case.write("r.sql", "SELECT *, TIME '10:00' + to_minutes(id % 3) AS clock FROM rows")
+    case.run(recipe="r.sql")
+    with pytest.raises(SchemaError, match=r"clock is declared category.*time64\[us\].*to minutes"):
+        case.run(recipe="r.sql", columns={"clock": {"role": "category"}})
 
 
 def test_a_negative_weight_is_refused(case):
@@ -558,6 +576,17 @@ def test_tasks_and_labels_are_inferred_canonically(case):
         "part": ("binary", ("no", "yes")),
         "y": ("binary", ("0", "1")),
     }
+
+
+@pytest.mark.parametrize("step", [0.5, 1.25])
+def test_classes_that_are_fractions_are_counted_by_their_value(case, step):
+    case.table(y=lambda i: (i % 3 + 1) * step)
+    case.run(targets={"y": {"task": "multiclass"}})
+    labels = read_contract(case.out).targets[0].labels
+    counts = case.report()["classes"]["y"]
+    assert [float(label) for label in labels] == [step, 2 * step, 3 * step]
+    rows = case.rows("train")
+    assert counts["train"] == {label: rows["y"].count(float(label)) for label in labels}
 
 
 def test_declared_labels_set_the_positive_class(case):

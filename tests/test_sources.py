@@ -338,12 +338,12 @@ def test_a_source_may_have_any_name(case, name, kind):
 @pytest.mark.parametrize(
     ("name", "split"),
     [
-        ("groups", {"kind": "grouped", "column": "kind"}),
-        ("dated", {"kind": "time", "column": "day", "gap": 0}),
+        ("groups", {"kind": "grouped", "column": "g"}),
+        ("dated", {"kind": "time", "column": "day"}),
         ("hashed", {"kind": "stratified", "column": "kind"}),
     ],
 )
 def test_a_source_may_have_the_name_of_a_table_of_its_split(case, name, split):
-    case.table(day=lambda i: f"2024-{1 + i // 28:02d}-{1 + i % 28:02d}", kind=lambda i: i % 40)
+    case.table(day=lambda i: f"2024-{1 + i % 12:02d}-{1 + i % 28:02d}", g=lambda i: i % 40)
     case.run(sources={name: "rows.csv"}, split=split)
     assert len(case.rows()["id"]) == 200

@@ -188,6 +188,7 @@ def infer_contract(
     _refuse_missing(dtypes, "targets", targets)
     _refuse_missing(dtypes, "columns", declared)
     _refuse_other_types(dtypes, declared)
+    _refuse_impossible_ranges(dtypes, declared)
     seen = _look(engine, relation, dtypes)
     found: list[Column] = []
     reasons: dict[str, str] = {}
@@ -420,6 +421,21 @@ def _refuse_other_types(dtypes: Mapping[str, str], declared: Mapping[str, Column
         )
 
 
+def _refuse_impossible_ranges(
+    dtypes: Mapping[str, str], declared: Mapping[str, ColumnParams]
+) -> None:
+    faults = [
+        f"{name} ({dtypes[name]})"
+        for name, own in declared.items()
+        if own.range and not _is_number(dtypes[name])
+    ]
+    if faults:
+        raise SchemaError(
+            f"`extract.columns` declares a `range` of columns that are no numbers: "
+            f"{', '.join(faults)}; cast them in the recipe, or take the range away"
+        )
+
+
 def _refuse_contradictions(
     declared: Mapping[str, ColumnParams], fixed: Mapping[str, Role], key: Sequence[str]
 ) -> None:
@@ -462,6 +478,11 @@ def _refuse_impossible_role(
         raise SchemaError(
             f"column {name} is declared {role}, but the recipe returns {dtype}; cast it in the "
             f"recipe or correct its role"
+        )
+    if role == "category" and dtype.startswith("time64"):
+        raise SchemaError(
+            f"column {name} is declared category, but the recipe returns {dtype}, which no model "
+            f"reads; cast it to VARCHAR or to minutes in the recipe, or set `role: ignore`"
         )
     if role == "category" and seen.num_distinct > max_categories:
         raise DataError(

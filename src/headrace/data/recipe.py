@@ -107,15 +107,23 @@ def run_recipe(engine: Engine, recipe: Place, *, key: Sequence[str]) -> int:
     """Run the recipe into the table ``RESULT`` with ``row_id`` first; return its number of rows.
 
     Raises:
-        ConfigError: the SQL is wrong (with line and column), no single SELECT, or gives no row id.
+        ConfigError: the SQL is wrong (with line and column), no single SELECT, or gives no row id
+            that is a BIGINT.
         SchemaError: duplicate or reserved column names, or a key column that is not there.
         DataError: no rows, a value that cannot be computed, a key that is null or not unique.
     """
     _refuse_other_statements(engine, recipe)
     prefix = f"CREATE VIEW {_VIEW} AS "
     place = Place(recipe.name, recipe.text, len(prefix))
-    columns = [name for name, _ in engine.describe(recipe.text, place=recipe)]
+    types = engine.describe(recipe.text, place=recipe)
+    columns = [name for name, _ in types]
     _refuse_bad_columns(recipe, columns, key)
+    if not key and (kind := dict(types)[ROW_ID]) != "BIGINT":
+        raise ConfigError(
+            f"{recipe.name} returns a row_id of its own, of type {kind}; a row_id is a BIGINT: "
+            f"rename the column with AS and set `extract.key` to it, or select the row_id of a "
+            f"source"
+        )
     engine.execute(f"{prefix}{recipe.text}", place=place)
     row_id = as_signed(identity_hash([identifier(name) for name in key])) if key else ROW_ID
     wanted = [identifier(name) for name in columns if name != ROW_ID]

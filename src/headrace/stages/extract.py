@@ -50,7 +50,7 @@ from headrace.data.write import Written, split_digest, write_splits
 from headrace.errors import DataError, SchemaError, nearest
 from headrace.params import Bytes, Resources, Section
 from headrace.record import MemoryRecorder, Recorder
-from headrace.schema import CONTRACT, FOLD, ROW_ID, SPLITS, Contract, Split
+from headrace.schema import CONTRACT, FOLD, ROW_ID, SPLITS, Contract, Split, arrow_type, label_text
 from headrace.sources.postgresql import read_postgresql
 from headrace.sources.sqlite import read_sqlite
 from headrace.storage import new_folder, write_file, write_json
@@ -398,15 +398,15 @@ def _classes(engine: Engine, contract: Contract) -> dict[str, dict[str, dict[str
         if target.task == "regression":
             continue
         column = identifier(target.name)
-        is_float = contract.column(target.name).dtype in ("float", "double")
-        text = f"{column}::BIGINT::VARCHAR" if is_float else f"{column}::VARCHAR"
         rows = engine.rows(
-            f"SELECT {_SPLIT}, {text}, count(*) FROM {_ROWS} WHERE {column} IS NOT NULL "
+            f"SELECT {_SPLIT}, {column}, count(*) FROM {_ROWS} WHERE {column} IS NOT NULL "
             f"GROUP BY 1, 2"
         )
+        dtype = arrow_type(contract.column(target.name).dtype)
+        labels = label_text(pa.array([value for _, value, _ in rows], dtype)).to_pylist()
         of_split = {name: dict.fromkeys(target.labels, 0) for name in SPLITS}
-        for position, label, count in rows:
-            of_split[SPLITS[position]][label] = count
+        for (position, _, count), label in zip(rows, labels, strict=True):
+            of_split[SPLITS[position]][label] += count
         if lacking := [label for label, count in of_split["train"].items() if not count]:
             raise DataError(
                 f"target {target.name} has the classes {lacking} in no train row, so no model can "
