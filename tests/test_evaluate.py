@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 from headrace.errors import DataError, IntegrityError, ResourceError, SchemaError
 from headrace.params import Resources
 from headrace.record import MemoryRecorder
-from headrace.schema import Target, file_stem
+from headrace.schema import SPLITS, Target, file_stem
 from headrace.stages.evaluate import EvaluateParams, evaluate
 from headrace.stages.stack import StackParams, stack
 from headrace.storage import new_folder, read_json, verify_folder, write_file, write_json
@@ -294,7 +294,7 @@ def test_a_model_that_is_better_on_test_stays_unchosen(tmp_path):
     )
 
     def spoiled(found):
-        return replace(found, values=found.values + 100 * (found.split == "test"))
+        return replace(found, values=found.values + 100 * (found.split == SPLITS.index("test")))
 
     case.write_model(members["sharp"], "sharp", spoiled)
     case.write_model(tmp_path / "stack2", "sharp", spoiled)
@@ -358,7 +358,7 @@ def test_rows_without_a_prediction_are_refused(tmp_path):
             fold=found.fold[keep],
             split=found.split[keep],
             values=found.values[keep],
-            folds_seen=found.folds_seen[:-2],
+            seen=found.seen[keep],
         )
 
     case.write_model(members["plain"], "plain", shortened)

@@ -1,18 +1,24 @@
 """Stage ``stack``: weights and choice from valid rows alone, ids that must agree, leaks refused."""
 
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from headrace.data.predictions import read_predictions
+from headrace.data.predictions import (
+    Predictions,
+    bytes_held,
+    read_predictions,
+    write_predictions,
+)
 from headrace.errors import ConfigError, DataError, ResourceError
 from headrace.evaluation.bootstrap import Resampling, Units
 from headrace.evaluation.metrics import Sample, metric_of, score
 from headrace.evaluation.selection import blend_weights, choose, mix
 from headrace.params import Resources, parse_section
 from headrace.record import MemoryRecorder
-from headrace.schema import Split, Target
+from headrace.schema import SPLITS, Split, Target
 from headrace.stages.stack import StackParams, stack
 from headrace.storage import read_json
 from tests.evaluation_case import BY_TIME, CARRIER, DELAY, LATE, Case
@@ -80,7 +86,7 @@ def test_the_blend_is_the_weighted_mean_joined_by_row_id(tmp_path):
         expected = sum(weights[m] * case.predictions(target, m).values for m in members)
         order = np.argsort(case.predictions(target, "one").row_id)
         np.testing.assert_allclose(blended.values, expected[order], rtol=1e-12)
-        assert set(blended.split) == {"valid", "test"}
+        assert {SPLITS[code] for code in blended.split} == {"valid", "test"}
         assert blended.model == "stack"
 
 
@@ -230,7 +236,7 @@ def test_members_with_different_rows_are_refused(tmp_path):
             fold=found.fold[3:],
             split=found.split[3:],
             values=found.values[3:],
-            folds_seen=found.folds_seen[3:],
+            seen=found.seen[3:],
         )
 
     case.write_model(members["sharp"], "sharp", shortened)
@@ -255,7 +261,7 @@ def test_rows_without_a_prediction_are_refused(tmp_path):
     table, members = case.write(tmp_path)
 
     def renamed(found):
-        return replace(found, row_id=found.row_id + (found.split == "valid"))
+        return replace(found, row_id=found.row_id + (found.split == SPLITS.index("valid")))
 
     case.write_model(members["sharp"], "sharp", renamed)
     with pytest.raises(DataError, match=r"model 'sharp', target 'late': \d+ predictions are of"):
@@ -275,9 +281,10 @@ def with_train_rows(found, *, seen):
         found,
         row_id=np.concatenate([found.row_id, [5, 6]]),
         fold=np.concatenate([found.fold, np.array([0, 1], np.int8)]),
-        split=np.concatenate([found.split, ["train", "train"]]),
+        split=np.concatenate([found.split, np.full(2, SPLITS.index("train"), np.int8)]),
         values=np.concatenate([found.values, [0.25, 0.75]]),
         folds_seen=(*found.folds_seen, *seen),
+        seen=np.concatenate([found.seen, np.array([1, 2], np.int32)]),
     )
 
 
@@ -310,7 +317,7 @@ def test_out_of_fold_rows_are_blended_with_the_union_of_what_was_seen(tmp_path):
     out = tmp_path / "stack"
     stack(table, members, out, PARAMS, resources=Resources(), recorder=MemoryRecorder())
     train = read_predictions(out, LATE).of_split("train")
-    assert train.folds_seen == ((1, 2), (0, 2))
+    assert [train.folds_seen[code] for code in train.seen] == [(1, 2), (0, 2)]
     assert train.values == pytest.approx([0.25, 0.75])
 
 
@@ -400,3 +407,67 @@ def test_a_target_of_one_name_in_a_contract_is_what_is_judged(tmp_path):
     case = Case(targets=(swapped,), noise={"sharp": 0.5})
     stacked, _, _ = run(case, tmp_path)
     assert stacked.choices["late"].ranking[0][1] > 0.9
+
+
+def test_predictions_hold_no_object_per_row(tmp_path):
+    """Read and written in the bytes that are forecast, and a batch; lists of folds stay exact."""
+    num_rows = 400_000
+    rng = np.random.default_rng(0)
+    folds_seen = ((1, 2), (), (0, 2), (0, 1))
+    written = Predictions(
+        model="sharp",
+        target="late",
+        row_id=rng.permutation(num_rows),
+        fold=np.zeros(num_rows, np.int8),
+        split=np.zeros(num_rows, np.int8),
+        values=rng.random(num_rows),
+        folds_seen=folds_seen,
+        seen=np.sort(rng.integers(0, 4, num_rows)).astype(np.int32),
+    )
+    tracemalloc.start()
+    write_predictions(tmp_path, written, LATE)
+    peak_written = tracemalloc.get_traced_memory()[1]
+    tracemalloc.reset_peak()
+    before = tracemalloc.get_traced_memory()[0]
+    found = read_predictions(tmp_path, LATE)
+    peak_read = tracemalloc.get_traced_memory()[1] - before
+    tracemalloc.stop()
+    held = bytes_held(tmp_path, LATE)
+    assert held == num_rows * 22
+    assert peak_read < held + (8 << 20)
+    assert peak_written < 2 * held + (8 << 20)
+    order = np.argsort(written.row_id)
+    assert found.row_id.tolist() == list(range(num_rows))
+    assert set(found.folds_seen) == set(folds_seen)
+    code_of = np.array([folds_seen.index(folds) for folds in found.folds_seen])
+    np.testing.assert_array_equal(code_of[found.seen], written.seen[order])
+    np.testing.assert_array_equal(found.values, written.values[order])
+
+
+def test_the_forecast_counts_all_rows_that_members_predict(tmp_path):
+    """Not those of valid alone: whole files are read."""
+    case = Case(targets=(LATE,), noise={"one": 1.0, "two": 1.0})
+    table, members = case.write(tmp_path)
+
+    more = 50_000
+
+    def with_many_train_rows(found):
+        return replace(
+            found,
+            row_id=np.concatenate([found.row_id, np.arange(more)]),
+            fold=np.concatenate([found.fold, np.zeros(more, np.int8)]),
+            split=np.concatenate([found.split, np.zeros(more, np.int8)]),
+            values=np.concatenate([found.values, np.full(more, 0.5)]),
+            seen=np.concatenate([found.seen, np.zeros(more, np.int32)]),
+        )
+
+    case.write_model(members["one"], "one", with_many_train_rows)
+    with pytest.raises(ResourceError, match=r"needs about \d+\.\d MiB"):
+        stack(
+            table,
+            members,
+            tmp_path / "stack",
+            PARAMS,
+            resources=Resources(memory_budget=4096),
+            recorder=MemoryRecorder(),
+        )

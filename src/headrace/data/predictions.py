@@ -5,21 +5,26 @@ One Parquet file per target, ``predictions/TARGET.parquet``, sorted by ``row_id`
 ``folds_seen`` list of int8 (folds whose train rows the model, or any model that feeds it, was
 fitted on), and the prediction: ``prediction`` float64 (the value, or the probability of
 ``labels[1]``) or ``class_0`` … ``class_K-1`` for a multiclass target. Joined by ``row_id`` only.
+
+In memory nothing is a Python object per row: text and lists are codes. Reading and writing hold
+what ``bytes_held`` says, and one batch.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from headrace.errors import DataError, IntegrityError
-from headrace.schema import FOLD, ROW_ID, Target, file_stem
+from headrace.schema import FOLD, ROW_ID, SPLITS, Target, file_stem
 
 FOLDER = "predictions"
+_BATCH_ROWS = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -27,20 +32,22 @@ class Predictions:
     """Predictions of one model for one target, sorted by row id.
 
     Shapes: ``row_id`` (rows,) int64; ``fold`` (rows,) int8, -1 outside train; ``split`` (rows,)
-    text; ``values`` (rows,) float64, or (rows, classes) for a multiclass target.
+    int8, positions in ``schema.SPLITS``; ``values`` (rows,) float64, or (rows, classes) for a
+    multiclass target; ``seen`` (rows,) int32, positions in ``folds_seen``.
     """
 
     model: str
     target: str
     row_id: npt.NDArray[np.int64]
     fold: npt.NDArray[np.int8]
-    split: npt.NDArray[np.str_]
+    split: npt.NDArray[np.int8]
     values: npt.NDArray[np.float64]
-    folds_seen: tuple[tuple[int, ...], ...]  # one per row
+    folds_seen: tuple[tuple[int, ...], ...]  # the different ones
+    seen: npt.NDArray[np.int32]
 
     def of_split(self, split: str) -> "Predictions":
         """Return the rows of one split."""
-        keep = self.split == split
+        keep = self.split == SPLITS.index(split)
         return Predictions(
             self.model,
             self.target,
@@ -48,7 +55,8 @@ class Predictions:
             self.fold[keep],
             self.split[keep],
             self.values[keep],
-            tuple(seen for seen, kept in zip(self.folds_seen, keep, strict=True) if kept),
+            self.folds_seen,
+            self.seen[keep],
         )
 
 
@@ -60,23 +68,15 @@ def write_predictions(folder: Path, predictions: Predictions, target: Target) ->
             comes twice: with the count and the first row ids.
     """
     _refuse_bad(predictions, target)
-    order = np.argsort(predictions.row_id, kind="stable")
-    columns: dict[str, pa.Array] = {
-        ROW_ID: pa.array(predictions.row_id[order]),
-        FOLD: pa.array(predictions.fold[order], mask=predictions.fold[order] < 0),
-        "split": pa.array(predictions.split[order].tolist(), pa.string()),
-        "model": pa.array([predictions.model] * len(order), pa.string()),
-        "target": pa.array([predictions.target] * len(order), pa.string()),
-        "folds_seen": pa.array([predictions.folds_seen[i] for i in order], pa.list_(pa.int8())),
-    }
-    values = predictions.values[order]
-    if target.task == "multiclass":
-        columns |= {f"class_{k}": pa.array(values[:, k]) for k in range(target.num_outputs)}
-    else:
-        columns["prediction"] = pa.array(values)
     path = folder / FOLDER / f"{file_stem(predictions.target)}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(columns), path, compression="zstd")
+    order = np.argsort(predictions.row_id, kind="stable")
+    tables = _tables(predictions, order, target)
+    first = next(tables)
+    with pq.ParquetWriter(path, first.schema, compression="zstd") as writer:
+        writer.write_table(first)
+        for table in tables:
+            writer.write_table(table)
 
 
 def read_predictions(folder: Path, target: Target) -> Predictions:
@@ -85,24 +85,122 @@ def read_predictions(folder: Path, target: Target) -> Predictions:
     Raises:
         IntegrityError: if the file is missing or lacks a column of the layout.
     """
+    path = _existing(folder, target)
+    names = _value_columns(target)
+    with pq.ParquetFile(path) as file:
+        wanted = [ROW_ID, FOLD, "split", "folds_seen", *names]
+        present = file.schema_arrow.names
+        if missing := [name for name in [*wanted, "model"] if name not in present]:
+            raise IntegrityError(f"{path} lacks the columns {missing}; run its stage again")
+        num_rows = file.metadata.num_rows
+        found = Predictions(
+            model=_first_model(file, folder),
+            target=target.name,
+            row_id=np.empty(num_rows, np.int64),
+            fold=np.empty(num_rows, np.int8),
+            split=np.empty(num_rows, np.int8),
+            values=np.empty((num_rows, len(names))),
+            folds_seen=(),
+            seen=np.empty(num_rows, np.int32),
+        )
+        codes: dict[tuple[int, ...], int] = {}
+        start = 0
+        for batch in file.iter_batches(_BATCH_ROWS, columns=wanted):
+            rows = slice(start, start := start + batch.num_rows)
+            found.row_id[rows] = batch[ROW_ID].to_numpy()
+            found.fold[rows] = batch[FOLD].fill_null(-1).to_numpy()
+            found.split[rows] = _split_codes(batch["split"], path)
+            found.seen[rows] = _seen_codes(batch["folds_seen"], codes)
+            for column, name in enumerate(names):
+                found.values[rows, column] = batch[name].to_numpy()
+    values = found.values if target.task == "multiclass" else found.values[:, 0]
+    return replace(found, values=values, folds_seen=tuple(codes))
+
+
+def bytes_held(folder: Path, target: Target) -> int:
+    """Return how many bytes one target's predictions of a model folder hold when read.
+
+    Raises:
+        IntegrityError: if the file is missing.
+    """
+    num_rows: int = pq.read_metadata(_existing(folder, target)).num_rows
+    return num_rows * (8 + 1 + 1 + 4 + 8 * target.num_outputs)
+
+
+def merge_seen(
+    members: Sequence[Predictions],
+) -> tuple[tuple[tuple[int, ...], ...], npt.NDArray[np.int32]]:
+    """Return ``folds_seen`` and ``seen`` of a blend of ``members``, whose rows are the same."""
+    folds, seen = members[0].folds_seen, members[0].seen
+    for member in members[1:]:
+        pairs = seen.astype(np.int64) * len(member.folds_seen) + member.seen
+        present, codes = np.unique(pairs, return_inverse=True)
+        folds = tuple(
+            tuple(sorted({*folds[left], *member.folds_seen[right]}))
+            for left, right in (divmod(int(pair), len(member.folds_seen)) for pair in present)
+        )
+        seen = codes.astype(np.int32)
+    return folds, seen
+
+
+def _tables(
+    predictions: Predictions, order: npt.NDArray[np.intp], target: Target
+) -> Iterator[pa.Table]:
+    """Yield the rows in ``order`` as the file has them, one batch or more."""
+    splits = pa.array(SPLITS, pa.string())
+    folds_seen = pa.array(predictions.folds_seen, pa.list_(pa.int8()))
+    for start in range(0, max(len(order), 1), _BATCH_ROWS):
+        rows = order[start : start + _BATCH_ROWS]
+        fold = predictions.fold[rows]
+        columns: dict[str, pa.Array] = {
+            ROW_ID: pa.array(predictions.row_id[rows]),
+            FOLD: pa.array(fold, mask=fold < 0),
+            "split": splits.take(pa.array(predictions.split[rows])),
+            "model": pa.repeat(pa.scalar(predictions.model, pa.string()), len(rows)),
+            "target": pa.repeat(pa.scalar(predictions.target, pa.string()), len(rows)),
+            "folds_seen": folds_seen.take(pa.array(predictions.seen[rows])),
+        }
+        values = predictions.values[rows].reshape(len(rows), -1)
+        for column, name in enumerate(_value_columns(target)):
+            columns[name] = pa.array(values[:, column])
+        yield pa.table(columns)
+
+
+def _existing(folder: Path, target: Target) -> Path:
     path = folder / FOLDER / f"{file_stem(target.name)}.parquet"
     if not path.is_file():
         raise IntegrityError(f"{path} does not exist; run `headrace repro` to make it")
-    table = pq.read_table(path)
-    names = _value_columns(target)
-    missing = [name for name in [ROW_ID, FOLD, "split", *names] if name not in table.column_names]
-    if missing:
-        raise IntegrityError(f"{path} lacks the columns {missing}; run its stage again")
-    values = np.column_stack([table[name].to_numpy() for name in names])
-    return Predictions(
-        model=table["model"][0].as_py() if table.num_rows else folder.name,
-        target=target.name,
-        row_id=table[ROW_ID].to_numpy(),
-        fold=table[FOLD].fill_null(-1).to_numpy(),
-        split=np.asarray(table["split"].to_pylist(), dtype=np.str_),
-        values=values if target.task == "multiclass" else values[:, 0],
-        folds_seen=tuple(tuple(seen) for seen in table["folds_seen"].to_pylist()),
+    return path
+
+
+def _first_model(file: pq.ParquetFile, folder: Path) -> str:
+    for batch in file.iter_batches(1, columns=["model"]):
+        return str(batch["model"][0])
+    return folder.name
+
+
+def _split_codes(values: pa.Array, path: Path) -> npt.NDArray[np.int8]:
+    codes = pc.index_in(values, value_set=pa.array(SPLITS, pa.string()))
+    if codes.null_count:
+        raise IntegrityError(f"{path} has rows of no split; run its stage again")
+    split: npt.NDArray[np.int8] = codes.to_numpy().astype(np.int8)
+    return split
+
+
+def _seen_codes(lists: pa.ListArray, known: dict[tuple[int, ...], int]) -> npt.NDArray[np.int32]:
+    """Return the code of each row's list; lists that are not ``known`` yet get the next codes."""
+    lengths = lists.value_lengths().to_numpy()
+    flat = lists.flatten().to_numpy()
+    padded = np.full((len(lists), lengths.max(initial=1)), -1, np.int8)
+    padded[np.arange(padded.shape[1]) < lengths[:, None]] = flat
+    starts = np.flatnonzero(np.r_[True, (padded[1:] != padded[:-1]).any(axis=1)])
+    # Neighbours are mostly alike; the runs that are not are told apart by their content.
+    runs, run_of = np.unique(padded[starts], axis=0, return_inverse=True)
+    codes = np.array(
+        [known.setdefault(tuple(run[run >= 0].tolist()), len(known)) for run in runs], np.int32
     )
+    run_lengths = np.diff(np.r_[starts, len(lists)])
+    return np.repeat(codes[run_of.reshape(-1)], run_lengths)
 
 
 def _value_columns(target: Target) -> Sequence[str]:

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from headrace.data.predictions import read_predictions
+from headrace.data.predictions import bytes_held, read_predictions
 from headrace.data.table import Table, open_table
 from headrace.data.truth import Truth, UnitChoice, line_up, read_truth
 from headrace.errors import DataError, IntegrityError, ResourceError
@@ -124,7 +124,7 @@ def evaluate(
         verify_folder(folder)
     selection = _read_selection(stack, source.contract, members)
     described = read_json(verify_file(profile.parent, profile.name)) if profile else None
-    _require_memory(source, len(folders), resources)
+    _require_memory(source, folders, resources)
     truth = read_truth(source, "test", unit=params.unit, key="evaluate.unit")
     recorder.dataset(
         "test", path=table, digest=truth.digest, num_rows=len(truth.row_id), context="test"
@@ -334,10 +334,18 @@ def _read_selection(
     return targets
 
 
-def _require_memory(source: Table, num_models: int, resources: Resources) -> None:
-    num_rows = source.num_rows("test")
-    outputs = max(target.num_outputs for target in source.contract.targets)
-    needed = bytes_needed(num_rows, outputs) + 8 * num_rows * (outputs * num_models + 4)
+def _require_memory(source: Table, folders: Mapping[str, Path], resources: Resources) -> None:
+    num_rows, num_models = source.num_rows("test"), len(folders)
+    needed = num_rows * 8 * (3 + len(source.contract.targets))  # ids, units, weight and labels
+    needed += max(
+        # One model's file at a time, its test rows beside it; then one bootstrap.
+        max(
+            2 * max(bytes_held(folder, target) for folder in folders.values()),
+            bytes_needed(num_rows, target.num_outputs),
+        )
+        + 8 * num_rows * (target.num_outputs * num_models + 2)
+        for target in source.contract.targets
+    )
     if needed > resources.memory_budget:
         raise ResourceError(
             f"stage evaluate needs about {format_bytes(needed)} for {num_rows} test rows and "

@@ -12,8 +12,14 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from headrace.data.predictions import Predictions, read_predictions, write_predictions
-from headrace.data.table import open_table
+from headrace.data.predictions import (
+    Predictions,
+    bytes_held,
+    merge_seen,
+    read_predictions,
+    write_predictions,
+)
+from headrace.data.table import Table, open_table
 from headrace.data.truth import Truth, UnitChoice, line_up, read_truth
 from headrace.errors import ConfigError, DataError, ResourceError, nearest
 from headrace.evaluation.bootstrap import Resampling, Units, bytes_needed
@@ -73,7 +79,7 @@ def stack(
     metrics = _metrics(source.contract, params)
     for folder in members.values():
         verify_folder(folder)
-    _require_memory(source.num_rows("valid"), source.contract, len(members), resources)
+    _require_memory(source, members, resources)
     truth = read_truth(source, "valid", unit=params.unit, key="stack.unit")
     recorder.dataset(
         "valid", path=table, digest=truth.digest, num_rows=len(truth.row_id), context="valid"
@@ -133,11 +139,11 @@ def _metrics(contract: Contract, params: StackParams) -> dict[str, Metric]:
     return chosen
 
 
-def _require_memory(
-    num_rows: int, contract: Contract, num_members: int, resources: Resources
-) -> None:
-    outputs = max(target.num_outputs for target in contract.targets)
-    needed = bytes_needed(num_rows, outputs) + 8 * num_rows * outputs * (num_members + 3)
+def _require_memory(source: Table, members: Mapping[str, Path], resources: Resources) -> None:
+    num_rows, num_members = source.num_rows("valid"), len(members)
+    needed = max(
+        _bytes_needed(num_rows, members, target) for target in source.contract.targets
+    ) + num_rows * 8 * (3 + len(source.contract.targets))  # ids, units, weight and labels
     if needed > resources.memory_budget:
         raise ResourceError(
             f"stage stack needs about {format_bytes(needed)} for {num_rows} valid rows and "
@@ -146,10 +152,25 @@ def _require_memory(
         )
 
 
+def _bytes_needed(num_rows: int, members: Mapping[str, Path], target: Target) -> int:
+    """Return what one target holds: all members' predictions, of all their rows, are read first.
+
+    On top come either samples of the valid rows and one bootstrap, or the blend while it is made
+    and written: its values twice, its order, its codes.
+    """
+    read = [bytes_held(folder, target) for folder in members.values()]
+    choosing = bytes_needed(num_rows, target.num_outputs)
+    choosing += 8 * num_rows * target.num_outputs * (len(members) + 3)
+    return sum(read) + max(choosing, 3 * max(read))
+
+
 def _refuse_seen(name: str, predictions: Predictions) -> None:
-    in_train = np.flatnonzero(predictions.fold >= 0)
-    seen = [i for i in in_train if predictions.fold[i] in predictions.folds_seen[i]]
-    if seen:
+    is_seen = np.zeros(len(predictions.row_id), dtype=bool)
+    for code, folds in enumerate(predictions.folds_seen):
+        for fold in folds:  # rows outside train have fold -1, which no model sees
+            is_seen |= (predictions.seen == code) & (predictions.fold == fold)
+    seen = np.flatnonzero(is_seen)
+    if len(seen):
         row_ids = [str(predictions.row_id[i]) for i in seen[:5]]
         raise DataError(
             f"model {name!r}, target {predictions.target!r}: {len(seen)} predictions are of rows "
@@ -189,10 +210,7 @@ def _blended(predictions: Mapping[str, Predictions], weights: Mapping[str, float
     """Mix the members row by row; what any of them has seen, the blend has seen."""
     used = [found for name, found in predictions.items() if weights[name] > 0]
     first = used[0]  # files are sorted by row id and hold the same rows
-    seen = [
-        tuple(sorted(set().union(*folds)))
-        for folds in zip(*(found.folds_seen for found in used), strict=True)
-    ]
+    folds_seen, seen = merge_seen(used)
     return Predictions(
         model=STACK,
         target=first.target,
@@ -200,7 +218,8 @@ def _blended(predictions: Mapping[str, Predictions], weights: Mapping[str, float
         fold=first.fold,
         split=first.split,
         values=mix({name: found.values for name, found in predictions.items()}, weights),
-        folds_seen=tuple(seen),
+        folds_seen=folds_seen,
+        seen=seen,
     )
 
 

@@ -27,7 +27,7 @@ from headrace.models.protocol import (
 )
 from headrace.params import Resources, Section
 from headrace.record import Recorder
-from headrace.schema import FOLD, ROW_ID, Target, encode_target
+from headrace.schema import FOLD, ROW_ID, SPLITS, Target, encode_target
 from headrace.storage import folder_digest, new_folder
 
 if TYPE_CHECKING:
@@ -216,7 +216,8 @@ def _predict(
     if not sum(num_rows.values()):
         raise DataError("there are no valid and no test rows to predict; change `extract.split`")
     row_id = np.concatenate(row_ids)
-    split_of_row = np.repeat(list(num_rows), list(num_rows.values()))
+    codes = np.array([SPLITS.index(split) for split in num_rows], np.int8)
+    split_of_row = np.repeat(codes, list(num_rows.values()))
     for target in table.contract.targets:
         write_predictions(
             folder,
@@ -227,7 +228,8 @@ def _predict(
                 fold=np.full(len(row_id), -1, np.int8),
                 split=split_of_row,
                 values=np.concatenate([part[target.name] for part in parts]),
-                folds_seen=(folds,) * len(row_id),
+                folds_seen=(folds,),
+                seen=np.zeros(len(row_id), np.int32),
             ),
             target,
         )
