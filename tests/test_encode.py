@@ -198,7 +198,7 @@ def test_too_little_memory_or_disk_is_said_with_the_figure(tmp_path, monkeypatch
         start(memory_budget=1 << 20)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 100))
-    with pytest.raises(ResourceError, match=r"need 1\.0 KiB of disk, 100 B are free"):
+    with pytest.raises(ResourceError, match=r"need 1\.3 KiB of disk, 100 B are free"):
         start()
 
 

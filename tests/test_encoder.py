@@ -322,7 +322,7 @@ def test_targets_are_values_or_class_codes(tmp_path):
     out = encoder.transform(pa.RecordBatch.from_pydict(columns))
     delay = columns["delay"].to_numpy(zero_copy_only=False)
 
-    np.testing.assert_allclose(out.targets[:, 0], delay, rtol=1e-6)
+    assert np.array_equal(out.targets[:, 0], delay, equal_nan=True)  # every bit
     assert out.targets[:, 1].tolist() == columns["late"].cast(pa.float64()).to_pylist()
 
 

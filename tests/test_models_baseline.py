@@ -17,6 +17,7 @@ from tests.train_case import (
     encoded_rows,
     example_columns,
     make_case,
+    make_far_case,
     table_rows,
 )
 
@@ -101,6 +102,16 @@ def test_linear_beats_the_prior_by_far(views):
     ]
 
     assert errors[1] < 0.5 * errors[0]
+
+
+@pytest.mark.parametrize("kind", ["prior", "linear"])
+def test_a_target_far_from_zero_is_learnt_as_well(tmp_path, kind):
+    """Seconds since 1970: in float32 all of them are one number."""
+    near, far = make_far_case(tmp_path / "a", 0.0), make_far_case(tmp_path / "b", 1.7e9)
+    expected = fitted(near, kind=kind)[0].predict(encoded_rows(near, "test"))["delay"]
+    found = fitted(far, kind=kind)[0].predict(encoded_rows(far, "test"))["delay"]
+
+    assert found - 1.7e9 == pytest.approx(expected, abs=0.01)
 
 
 def test_too_few_passes_are_said(views):

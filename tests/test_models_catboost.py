@@ -36,6 +36,7 @@ from tests.train_case import (
     encoded_rows,
     example_columns,
     make_case,
+    make_far_case,
     table_rows,
     tree_bytes,
 )
@@ -324,6 +325,18 @@ def test_half_a_model_is_refused(views, tmp_path):
 def test_a_mistyped_parameter_names_the_nearest(tmp_path):
     with pytest.raises(ConfigError, match=r"`train.catboost.dept` .*nearest name: depth"):
         parse_section(CatboostParams, {"dept": 3}, key="train.catboost", path=tmp_path / "p.yaml")
+
+
+def test_a_target_far_from_zero_is_learnt_as_well(tmp_path):
+    """Seconds since 1970: in float32 all of them are one number."""
+    near, far = make_far_case(tmp_path / "a", 0.0), make_far_case(tmp_path / "b", 1.7e9)
+    expected = fitted(near, tmp_path / "near")[0].predict(table_rows(near, "test"))["delay"]
+    model = fitted(far, tmp_path / "far")[0]
+    saved(model, tmp_path / "saved")
+    found = load(tmp_path / "saved", {}).predict(table_rows(far, "test"))["delay"]
+
+    assert np.std(expected) > 10
+    assert found - 1.7e9 == pytest.approx(expected, abs=0.5)
 
 
 def test_one_target_alone(tmp_path):

@@ -13,7 +13,6 @@ from headrace.errors import ConfigError, DataError, DependencyError, IntegrityEr
 from headrace.models.multihead import (
     Inputs,
     MultiHead,
-    TargetScale,
     Trunk,
     embedding_sizes,
     row_losses,
@@ -29,6 +28,7 @@ from tests.train_case import (
     encoded_rows,
     example_columns,
     make_case,
+    make_far_case,
     table_rows,
     tree_bytes,
 )
@@ -41,7 +41,6 @@ QUICK = {
     "warmup_steps": 0,
     "learning_rate": 0.01,
 }
-UNIT = TargetScale(mean=0.0, std=1.0)
 
 
 class Halt(Exception):
@@ -208,6 +207,16 @@ def test_a_missing_label_is_masked_in_its_head_alone(tmp_path):
     assert np.sqrt(np.mean((found - y) ** 2)) < 0.6 * np.std(y)
 
 
+def test_a_target_far_from_zero_is_learnt_as_well(tmp_path):
+    """Seconds since 1970: in float32 all of them are one number."""
+    near, far = make_far_case(tmp_path / "a", 0.0), make_far_case(tmp_path / "b", 1.7e9)
+    expected = fitted(near, tmp_path / "near")[0].predict(encoded_rows(near, "test"))["delay"]
+    found = fitted(far, tmp_path / "far")[0].predict(encoded_rows(far, "test"))["delay"]
+
+    assert np.std(expected) > 5
+    assert found - 1.7e9 == pytest.approx(expected, abs=0.05)
+
+
 def test_a_row_of_weight_zero_teaches_nothing(tmp_path):
     """Spoiling the labels of rows with weight 0 changes no byte of the model."""
     files = []
@@ -315,11 +324,11 @@ def test_a_new_network_knows_nothing():
     z = [head.detach() for head in network()(x, codes)]
     y = torch.randn(400, generator=generator)
 
-    assert float(row_losses(z[0], y, DELAY, UNIT).mean()) == pytest.approx(float(y.var()), rel=0.1)
-    assert float(row_losses(z[1], (y > 0).float(), LATE, UNIT).mean()) == pytest.approx(
+    assert float(row_losses(z[0], y, DELAY).mean()) == pytest.approx(float(y.var()), rel=0.1)
+    assert float(row_losses(z[1], (y > 0).float(), LATE).mean()) == pytest.approx(
         math.log(2), rel=0.1
     )
-    assert float(row_losses(z[2], (codes[:, 0] % 3).float(), CLASS, UNIT).mean()) == pytest.approx(
+    assert float(row_losses(z[2], (codes[:, 0] % 3).float(), CLASS).mean()) == pytest.approx(
         math.log(3), rel=0.1
     )
 
@@ -330,7 +339,7 @@ def test_saturated_logits_keep_a_finite_loss_and_their_slope():
         z[0, 0] = 1e4
         z.requires_grad_()
         wrong = torch.tensor([0.0 if task is LATE else 1.0])
-        loss = row_losses(z, wrong, task, UNIT)
+        loss = row_losses(z, wrong, task)
         loss.sum().backward()
         assert float(loss.detach()) == pytest.approx(1e4)
         assert float(z.grad[0, 0]) == pytest.approx(1.0)
@@ -339,9 +348,9 @@ def test_saturated_logits_keep_a_finite_loss_and_their_slope():
 def test_a_batch_of_one_keeps_its_axis_and_unequal_shapes_raise():
     one = torch.zeros(1, 1)
 
-    assert row_losses(one, torch.zeros(1), DELAY, UNIT).shape == (1,)
+    assert row_losses(one, torch.zeros(1), DELAY).shape == (1,)
     with pytest.raises(ValueError, match="losses of shape"):
-        row_losses(torch.zeros(4, 1), torch.zeros(4, 1), DELAY, UNIT)
+        row_losses(torch.zeros(4, 1), torch.zeros(4, 1), DELAY)
 
 
 def test_gradients_agree_with_finite_differences():
@@ -354,10 +363,7 @@ def test_gradients_agree_with_finite_differences():
 
     def total():
         z = net(x, codes)
-        return (
-            row_losses(z[0], y, DELAY, UNIT).sum()
-            + row_losses(z[1], (y > 0).double(), LATE, UNIT).sum()
-        )
+        return row_losses(z[0], y, DELAY).sum() + row_losses(z[1], (y > 0).double(), LATE).sum()
 
     total().backward()
     weight = net.trunk[0].weight

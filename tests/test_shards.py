@@ -42,7 +42,7 @@ def same(a, b):
 def test_shards_hold_the_encoded_rows_in_order(pristine):
     shards = open_shards(pristine, "train")
 
-    assert len(shards.sizes) == 5
+    assert len(shards.sizes) == 6
     assert shards.num_rows == 500
     assert same(shards.slice(0, 500), as_encoded(pristine))
     assert shards.numeric == ("distance", "seats", "is_weekend")

@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from headrace.data.encoder import EncodedBatch
 from headrace.data.shards import open_shards
@@ -77,6 +79,15 @@ def make_case(
     roles = ROLES | {target.name: "target" for target in targets}
     write_table(folder / "reduce", splits, roles=roles, targets=targets)
     return encode_only(folder)
+
+
+def make_far_case(folder: Path, offset: float, **options: Any) -> TrainViews:
+    """Write a case whose regression target is ``offset`` higher than in ``make_case``."""
+    change = {
+        split: {"delay": pc.add(example_columns(num_rows, seed=seed)["delay"], offset)}
+        for seed, (split, num_rows) in enumerate({"train": 600, "valid": 150, "test": 130}.items())
+    }
+    return make_case(folder, targets=(DELAY,), change=change, **options)
 
 
 def encode_only(folder: Path) -> TrainViews:

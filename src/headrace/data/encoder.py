@@ -72,14 +72,14 @@ class EncodedBatch:
 
     Shapes: ``row_id`` (B,) int64; ``numeric`` (B, N) float32, standardised by train rows, NaN
     where missing; ``codes`` (B, C) unsigned, 0 unknown, 1 missing, from 2 the known labels;
-    ``targets`` (B, T) float32, the value or the class code, NaN where missing; ``weight`` (B,)
+    ``targets`` (B, T) float64, the value or the class code, NaN where missing; ``weight`` (B,)
     float32, NaN where missing; ``fold`` (B,) int8, -1 outside train.
     """
 
     row_id: npt.NDArray[np.int64]
     numeric: npt.NDArray[np.float32]
     codes: npt.NDArray[Any]
-    targets: npt.NDArray[np.float32]
+    targets: npt.NDArray[np.float64]
     weight: npt.NDArray[np.float32]
     fold: npt.NDArray[np.int8]
 
@@ -319,12 +319,12 @@ class Encoder:
         self._luts[name] = (dictionary, lut)
         return lut
 
-    def _targets(self, rows: Rows, num_rows: int) -> npt.NDArray[np.float32]:
-        out_BT = np.full((num_rows, len(self.targets)), np.nan, np.float32)
+    def _targets(self, rows: Rows, num_rows: int) -> npt.NDArray[np.float64]:
+        out_BT = np.full((num_rows, len(self.targets)), np.nan)
         for j, target in enumerate(self.targets):
             if target.name in rows.schema.names:
-                with np.errstate(over="ignore"):
-                    out_BT[:, j] = encode_target(rows.column(target.name), target)
+                out_BT[:, j] = encode_target(rows.column(target.name), target)
+        out_BT[np.abs(out_BT) > np.finfo(np.float32).max] = np.inf  # losses are float32
         return out_BT
 
     def _weight(self, rows: Rows, num_rows: int) -> npt.NDArray[np.float32]:

@@ -97,7 +97,7 @@ def shard_schema(encoder: Encoder) -> ShardSchema:
                 width=len(encoder.categories),
             ),
             ArrayLayout(
-                name="targets", file="targets.f32", dtype="<f4", width=len(encoder.targets)
+                name="targets", file="targets.f64", dtype="<f8", width=len(encoder.targets)
             ),
             ArrayLayout(name="weight", file="weight.f32", dtype="<f4"),
             ArrayLayout(name="fold", file="fold.i8", dtype="|i1"),

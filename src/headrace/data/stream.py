@@ -32,7 +32,7 @@ class Batch:
     """Rows as tensors: B rows, N numeric inputs, C categories, T targets.
 
     Shapes: ``row_id`` (B,) int64; ``numeric`` (B, N) float32, NaN where missing; ``codes`` (B, C)
-    int32, ready for an embedding; ``targets`` (B, T) float32, NaN where missing; ``weight`` (B,)
+    int32, ready for an embedding; ``targets`` (B, T) float64, NaN where missing; ``weight`` (B,)
     float32; ``fold`` (B,) int8, -1 outside train.
     """
 

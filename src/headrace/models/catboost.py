@@ -92,6 +92,9 @@ class _Config(Section):
     categories: Annotated[tuple[str, ...], Field(strict=False)]
     targets: Annotated[tuple[Target, ...], Field(strict=False)]
     threads: int
+    # Means of regression targets: CatBoost learns what is above them, for it holds labels as
+    # float32, in which 1.7e9 + x is all one number.
+    means: dict[str, float] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,7 @@ class CatboostModel:
         pool = Pool(frame, cat_features=list(config.categories), thread_count=config.threads)
         return {
             target.name: _values(self._trees[target.name], pool, target, config.threads)
+            + config.means.get(target.name, 0.0)
             for target in config.targets
         }
 
@@ -188,6 +192,7 @@ def fit(
         categories=contract.named("category"),
         targets=contract.targets,
         threads=params.threads,
+        means=_means(rows, contract.targets),
     )
     folder = checkpoints / _signature(params, views, num_rows, task_type)
     trees, summary = {}, {}
@@ -344,6 +349,17 @@ def _read_sample(table: Table, columns: Sequence[str], *, share: float, seed: in
     return pa.Table.from_batches(list(kept())).unify_dictionaries()
 
 
+def _means(rows: _TrainRows, targets: Sequence[Target]) -> dict[str, float]:
+    """Return the mean of each regression target over the labelled rows learnt from."""
+    means = {}
+    for target in targets:
+        y = rows.labels[target.name][rows.learn]
+        y = y[~np.isnan(y)]
+        if target.task == "regression":
+            means[target.name] = float(y.mean()) if len(y) else 0.0
+    return means
+
+
 def _fit_target(
     rows: _TrainRows,
     target: Target,
@@ -404,7 +420,7 @@ def _pool(rows: _TrainRows, target: Target, chosen: npt.NDArray[np.bool_], confi
     y = rows.labels[target.name][chosen]
     return Pool(
         rows.inputs[chosen],
-        y if target.task == "regression" else y.astype(np.int64),
+        y - config.means[target.name] if target.task == "regression" else y.astype(np.int64),
         cat_features=list(config.categories),
         weight=None if rows.weight is None else rows.weight[chosen],
         thread_count=config.threads,

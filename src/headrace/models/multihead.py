@@ -15,6 +15,7 @@ A label that is missing has weight 0 in the loss of its target; the row still te
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -372,15 +373,20 @@ class _Learner:
 
     def losses(self, batch: Batch) -> Losses:
         """Run the network on ``batch``."""
-        batch = batch.to(self._device)
+        # Standardised in float64 on the CPU: 1.7e9 + x is all one number in float32.
+        y_BT = [
+            standardised(batch.targets[:, place], scale).to(self._device)
+            for place, scale in enumerate(self._scales)
+        ]
+        batch = replace(batch, targets=batch.targets.float()).to(self._device)
         outputs = cast("list[torch.Tensor]", self.network(batch.numeric, batch.codes))
         sums, weights = {}, {}
         for place, (target, z_BO) in enumerate(zip(self._targets, outputs, strict=True)):
-            y_B = batch.targets[:, place]
+            y_B = y_BT[place]
             is_known_B = ~torch.isnan(y_B)
             weight_B = torch.where(is_known_B, batch.weight, 0.0)
             y_B = torch.where(is_known_B, y_B, 0.0)
-            loss_B = row_losses(z_BO, y_B, target, self._scales[place])
+            loss_B = row_losses(z_BO, y_B, target)
             sums[target.name] = (weight_B * loss_B).sum()
             weights[target.name] = weight_B.sum()
         return Losses(sums, weights, self._factors)
@@ -394,18 +400,18 @@ class _Learner:
         return means
 
 
-def row_losses(
-    z_BO: torch.Tensor,
-    y_B: torch.Tensor,
-    target: Target,
-    scale: TargetScale,
-) -> torch.Tensor:
+def standardised(y_B: torch.Tensor, scale: TargetScale) -> torch.Tensor:
+    """Return float64 values as float32 in standard deviations from the mean; NaN stays."""
+    return ((y_B - scale.mean) / scale.std).float()
+
+
+def row_losses(z_BO: torch.Tensor, y_B: torch.Tensor, target: Target) -> torch.Tensor:
     """Return the loss of each row: squared error in standard deviations, or cross-entropy.
 
-    Shape: ``z_BO`` a head's output, ``y_B`` the value or class code -> (B,).
+    Shape: ``z_BO`` a head's output, ``y_B`` the standardised value or class code -> (B,).
     """
     if target.task == "regression":
-        loss_B = (z_BO[:, 0] - (y_B - scale.mean) / scale.std) ** 2
+        loss_B = (z_BO[:, 0] - y_B) ** 2
     elif target.task == "binary":
         loss_B = F.binary_cross_entropy_with_logits(z_BO[:, 0], y_B, reduction="none")
     else:
