@@ -658,6 +658,51 @@ def test_json_lines_are_typed_by_every_row(case):
     assert 0.5 in case.rows()["x"]
 
 
+@pytest.mark.parametrize("num_files", [1, 2])
+@pytest.mark.parametrize("big", [2**53 + 1, 10**25])
+def test_json_whole_numbers_that_a_double_rounds_are_refused(case, big, num_files):
+    rows = [{"id": i, "x": big if i < 100 else 0.5, "z": i % 41, "y": i % 2} for i in range(200)]
+    for part in range(num_files):
+        some = rows if num_files == 1 else rows[part * 100 : part * 100 + 100]
+        case.write(f"{part}.jsonl", "".join(json.dumps(row) + "\n" for row in some))
+    source = {"path": "*.jsonl", "unify": True}
+    with pytest.raises(DataError, match=rf"0.jsonl: column 'x' has whole .*\({big}\).*x: VARCHAR"):
+        case.run(sources={"rows": source})
+    case.run(sources={"rows": source | {"types": {"x": "VARCHAR"}}})
+    assert set(case.rows()["x"]) == {str(big), "0.5"}
+
+
+def test_parquet_whole_numbers_that_a_double_rounds_are_refused(case):
+    y = [0, 1] * 50
+    one = pa.table({"id": list(range(100)), "x": [2**53 + 1] * 100, "y": y})
+    two = pa.table({"id": list(range(100, 200)), "x": [0.5] * 100, "y": y})
+    pq.write_table(one, case.root / "a.parquet")
+    pq.write_table(two, case.root / "b.parquet")
+    with pytest.raises(DataError, match=r"a.parquet: column 'x' is BIGINT with 9007199254740993"):
+        case.run(sources={"rows": {"path": "*.parquet", "unify": True}})
+
+
+@pytest.mark.parametrize("layout", ["lines", "array"])
+def test_declared_types_of_json_are_cast_exactly_or_refused(case, layout):
+    def write(last):
+        rows = [{"id": i, "x": float(i % 7), "z": i % 41, "y": i % 2} for i in range(5000)]
+        rows[-1]["x"] = last
+        lines = [json.dumps(row) for row in rows]
+        text = "\n".join(lines) if layout == "lines" else "[" + ",\n".join(lines) + "]"
+        case.write("a.json", text)
+
+    source = {"path": "a.json", "types": {"x": "BIGINT", "id": "INTEGER"}}
+    for bad in (2.7, True, "a"):
+        write(bad)
+        with pytest.raises(DataError, match=r"'x' is declared BIGINT.* 1 rows .*row 5000 has"):
+            case.run(sources={"rows": source})
+    write(None)
+    case.run(sources={"rows": source})
+    rows = case.rows()
+    found = sorted(zip(rows["id"], rows["x"], rows["z"], strict=True))
+    assert found == [(i, None if i == 4999 else i % 7, i % 41) for i in range(5000)]
+
+
 def test_the_settings_of_a_source_must_be_able_to_take_effect(case):
     for source, message in (
         ({"path": "a.parquet", "delimiter": ";"}, "delimiter cannot take effect"),

@@ -162,7 +162,7 @@ def test_casts_never_round_or_drop_anything(tmp_path, kind, text):
         (["2024-01-31 10:00", "2024-01-31T10:00:00.5"], "TIMESTAMP"),
         (["2024-01-31T10:00:00Z", "2024-01-31 10:00+01:00"], "TIMESTAMPTZ"),
         (["", ""], "VARCHAR"), (["99999999999999999999", "1"], "VARCHAR"),
-        (["9007199254740993", "0.5"], "VARCHAR"), (["1", "a", "2", "b"], "VARCHAR"),
+        (["9007199254740992", "0.5"], "DOUBLE"), (["1", "a", "2", "b"], "VARCHAR"),
     ],
 )  # fmt: skip
 def test_the_type_fits_every_value_exactly(tmp_path, values, kind):
@@ -170,6 +170,21 @@ def test_the_type_fits_every_value_exactly(tmp_path, values, kind):
     loaded, rows = load(tmp_path, content.encode())
     assert loaded.types["a"] == kind
     assert len(rows) == len(values)
+
+
+def test_whole_numbers_that_a_double_rounds_are_refused_in_one_file_and_between_files(tmp_path):
+    message = r"'x' has whole numbers above 2\^53 \(9007199254740993\).*`types: {x: VARCHAR}`"
+    with pytest.raises(DataError, match=message):
+        load(tmp_path, b"id,x\n1,9007199254740993\n2,0.5\n")
+    parts = (b"id,x\n1,9007199254740993\n", b"id,x\n2,0.5\n")
+    with pytest.raises(DataError, match=f"0-f.csv: column {message}"):
+        load(tmp_path, *parts, unify=True)
+    with pytest.raises(DataError, match=f"1-f.csv: column {message}"):
+        load(tmp_path, *reversed(parts), unify=True)
+    _, rows = load(tmp_path, *parts, unify=True, types={"x": "VARCHAR"})
+    assert rows == [(1, "9007199254740993"), (2, "0.5")]
+    loaded, _ = load(tmp_path, parts[0].replace(b"3\n", b"2\n"), parts[1], unify=True)
+    assert loaded.types["x"] == "DOUBLE"
 
 
 def test_a_column_that_nearly_fits_a_type_is_refused_with_line_and_remedy(tmp_path):

@@ -339,7 +339,15 @@ def test_a_source_may_have_any_name(case, name, kind):
     ("name", "split"),
     [
         ("groups", {"kind": "grouped", "column": "g"}),
-        ("dated", {"kind": "time", "column": "day"}),
+        (
+            "dated",
+            {
+                "kind": "time",
+                "column": "day",
+                "valid_from": "2024-08-01",
+                "test_from": "2024-10-01",
+            },
+        ),
         ("hashed", {"kind": "stratified", "column": "kind"}),
     ],
 )

@@ -19,6 +19,8 @@ from headrace.errors import ConfigError, DataError
 _SAMPLE_ROWS = 20_000
 _NEAR_MISS = 0.9  # share of values that fit a type from which on the others count as faults
 _EXACT_DIGITS = 15  # whole numbers up to so many digits are exact in a double
+_EXACT_WHOLE = 1 << 53  # and up to this one
+_DIGITS = r"\s*[+-]?[0-9]+\s*"
 _DAY = r"\s*\d{4}-\d{1,2}-\d{1,2}"
 _CLOCK = r"([ T]\d{1,2}:\d{2}(:\d{2}(\.\d{1,9})?)?)"
 _ZONE = r"\s?(Z|z|UTC|[+-]\d{2}(:?\d{2})?)"
@@ -135,6 +137,38 @@ def common_type(one: str, other: str) -> str:
     return "VARCHAR"
 
 
+def refuse_rounding(engine: Engine, relation: str, texts: Mapping[str, str], where: str) -> None:
+    """Refuse whole numbers that a double does not hold, in columns that would become doubles.
+
+    Args:
+        engine: The connection that can read ``relation``.
+        relation: What is selected from.
+        texts: SQL of the text of each column's values.
+        where: File or files, for the message.
+
+    Raises:
+        DataError: naming column, value and remedy.
+    """
+    if not texts:
+        return
+    found = engine.row(
+        "SELECT "
+        + ", ".join(
+            f"min({text}) FILTER (regexp_full_match({text}, {literal(_DIGITS)}) AND "
+            f"coalesce(abs(TRY_CAST({text} AS HUGEINT)) > {_EXACT_WHOLE}, true))"
+            for text in texts.values()
+        )
+        + f" FROM {relation}"
+    )
+    for name, value in zip(texts, found, strict=True):
+        if value is not None:
+            raise DataError(
+                f"{where}: column {name!r} has whole numbers above 2^53 ({value.strip()}) and "
+                f"becomes DOUBLE, which rounds them; set `types: {{{name}: VARCHAR}}` for its "
+                f"source to keep every digit, or `{name}: DOUBLE` if rounding is meant"
+            )
+
+
 def refuse_impossible_types(engine: Engine, dialect: Dialect) -> None:
     """Refuse declared types that DuckDB does not have."""
     for name, kind in dialect.types.items():
@@ -184,8 +218,15 @@ def _decide(
     fitting = [kind for kind in _CANDIDATES if counts.get(kind) == num_values]
     if fitting and not (fitting[0] == "DOUBLE" and counts["wide"]):
         return fitting[0]
-    if fitting:  # whole numbers that neither a double nor 64 bits hold exactly
-        return "VARCHAR"
+    if fitting:
+        value = text_value(name, dialect)
+        (fractions,) = engine.row(
+            f"SELECT count(*) FROM {scan} WHERE NOT regexp_full_match({value}, {literal(_DIGITS)})"
+        )
+        if not fractions:  # whole numbers that 64 bits do not hold
+            return "VARCHAR"
+        refuse_rounding(engine, scan, {name: value}, file.name)
+        return "DOUBLE"
     near = {
         kind: n for kind in _CANDIDATES if (n := counts.get(kind, 0)) >= _NEAR_MISS * num_values
     }

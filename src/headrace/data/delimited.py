@@ -19,6 +19,7 @@ from headrace.data.csvtypes import (
     infer_types,
     parse_text,
     refuse_impossible_types,
+    refuse_rounding,
     scan_text,
     text_value,
 )
@@ -160,11 +161,13 @@ def _types(
     """Return the type of every column: declared, or fitting every value of every file."""
     types = dict.fromkeys((name for header in headers for name in header), "")
     seen: dict[str, File] = {}
+    whole: list[tuple[File, Sequence[str], set[str]]] = []
     refuse_impossible_types(engine, dialect)
     for file, header, content in zip(files, headers, contents, strict=True):
         open_names = [name for name in header if name not in dialect.types]
         with _line_ends_named(file, content):
             found = infer_types(engine, file, header, open_names, dialect)
+        whole.append((file, header, {name for name in found if found[name] == "BIGINT"}))
         for name, kind in found.items():
             if not kind or kind == types[name]:
                 continue
@@ -178,6 +181,13 @@ def _types(
                     f"column {name!r} is {types[name]} in {seen[name].name} and {kind} in "
                     f"{file.name}; set its type under `types`, or `unify: true`"
                 )
+    for file, header, names in whole:
+        texts = {
+            name: text_value(name, dialect)
+            for name in header
+            if name in names and types[name] == "DOUBLE"
+        }
+        refuse_rounding(engine, scan_text(file, header, dialect), texts, file.name)
     return {name: dialect.types.get(name) or kind or "VARCHAR" for name, kind in types.items()}
 
 

@@ -10,6 +10,7 @@ file, row in the file), given before any join; the recipe passes it on.
 """
 
 import glob
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
+from headrace.data.csvtypes import parse_text, refuse_rounding
 from headrace.data.delimited import FAULT, FILE, load_files
 from headrace.data.dialect import Dialect, File, LoadedFile, Reject
 from headrace.data.engine import (
@@ -260,17 +262,27 @@ def _scan_json(engine: Engine, found: Found, *, with_row_id: bool) -> Scanned:
             f"{found.files[0].name} does not have{near}"
         )
     types |= declared
+    as_text = [name for name, kind in declared.items() if kind.upper() != "JSON"]
+    _refuse_rounded_json(engine, found, schemas, types)
     _refuse_reserved(found.name, types, with_row_id=with_row_id)
     columns = [f"{identifier(name)} {kind}" for name, kind in types.items()]
     engine.execute(f"CREATE TABLE {table} ({', '.join(columns)}, {identifier(FILE)} INTEGER)")
     loaded = []
     for number, file in enumerate(found.files):
         present = [name for name, _ in schemas[number]]
-        wanted = [f"CAST({identifier(n)} AS {types[n]}) AS {identifier(n)}" for n in present]
-        engine.execute(
-            f"INSERT INTO {table} BY NAME SELECT {', '.join(wanted)}, {number} AS "
-            f"{identifier(FILE)} FROM {_read_json(file)}"
-        )
+        wanted = [
+            f"CAST({identifier(n)} AS {types[n]}) AS {identifier(n)}"
+            for n in present
+            if n not in as_text
+        ]
+        wanted.append(f"{number} AS {identifier(FILE)}")
+        own = {name: types[name] for name in present if name in as_text}
+        if own:
+            _insert_declared(engine, table, file, wanted, own)
+        else:
+            engine.execute(
+                f"INSERT INTO {table} BY NAME SELECT {', '.join(wanted)} FROM {_read_json(file)}"
+            )
         (num_rows,) = engine.row(
             f"SELECT count(*) FROM {table} WHERE {identifier(FILE)} = {number}"
         )
@@ -289,6 +301,72 @@ def _scan_json(engine: Engine, found: Found, *, with_row_id: bool) -> Scanned:
         f"CREATE VIEW {source_view(found.name)} AS SELECT {', '.join(wanted)} FROM {table}"
     )
     return Scanned(found.name, types, sum(file.num_rows_in for file in loaded), loaded)
+
+
+def _insert_declared(
+    engine: Engine, table: str, file: File, wanted: Sequence[str], own: Mapping[str, str]
+) -> None:
+    """Insert a JSON file whose columns ``own`` have declared types: read as text, cast exactly.
+
+    Both readings go to tables first: rows of tables come in their order, and are joined by it.
+    """
+    guessed, texts = _table(engine, "json guessed"), _table(engine, "json texts")
+    engine.execute(f"CREATE TABLE {guessed} AS SELECT {', '.join(wanted)} FROM {_read_json(file)}")
+    engine.execute(f"CREATE TABLE {texts} AS SELECT * FROM {_read_json_text(file, list(own))}")
+    (num_guessed,) = engine.row(f"SELECT count(*) FROM {guessed}")
+    (num_texts,) = engine.row(f"SELECT count(*) FROM {texts}")
+    assert num_guessed == num_texts, f"{file.name}: {num_guessed} rows, {num_texts} as text"
+    parsed = {name: _parse_json(identifier(name), kind) for name, kind in own.items()}
+    for name, kind in own.items():
+        value = identifier(name)
+        is_bad = f"{value} IS NOT NULL AND ({parsed[name]}) IS NULL"
+        bad, row, text = engine.row(
+            f"SELECT count(*), min(rowid), arg_min({value}, rowid) FROM {texts} WHERE {is_bad}"
+        )
+        if bad:
+            raise DataError(
+                f"{file.name}: column {name!r} is declared {kind} under `types`, but {bad} rows "
+                f"hold something else: row {row + 1} has {text!r}; correct the file or set "
+                f"`types: {{{name}: VARCHAR}}` for its source"
+            )
+    columns = ", ".join(f"{parsed[name]} AS {identifier(name)}" for name in own)
+    engine.execute(
+        f"INSERT INTO {table} BY NAME SELECT g.*, t.* FROM {guessed} g POSITIONAL JOIN "
+        f"(SELECT {columns} FROM {texts}) t"
+    )
+    engine.execute(f"DROP TABLE {guessed}")
+    engine.execute(f"DROP TABLE {texts}")
+
+
+def _parse_json(value: str, kind: str) -> str:
+    """Return SQL that reads the text of a JSON value as ``kind`` exactly, or is null."""
+    # Writers of JSON give whole numbers as 2.0 where the column has doubles.
+    whole = f"regexp_replace({value}, '^([+-]?[0-9]+)\\.0+$', '\\1')"
+    exact = parse_text(value, kind)
+    return exact if exact == value else f"coalesce({exact}, {parse_text(whole, kind)})"
+
+
+def _refuse_rounded_json(
+    engine: Engine,
+    found: Found,
+    schemas: Sequence[Sequence[tuple[str, str]]],
+    types: Mapping[str, str],
+) -> None:
+    """Refuse whole numbers above 2^53 in columns that DuckDB takes for doubles."""
+    for file, schema in zip(found.files, schemas, strict=True):
+        names = [
+            name
+            for name, _ in schema
+            if types[name] in ("FLOAT", "DOUBLE") and name not in found.source.types
+        ]
+        if names:
+            texts = {name: identifier(name) for name in names}
+            refuse_rounding(engine, _read_json_text(file, names), texts, file.name)
+
+
+def _read_json_text(file: File, names: Sequence[str]) -> str:
+    columns = ", ".join(f"{literal(name)}: 'VARCHAR'" for name in names)
+    return f"read_json({literal(str(file.path))}, columns = {{{columns}}})"
 
 
 def _read_json(file: File) -> str:
@@ -310,6 +388,7 @@ def _scan_parquet(engine: Engine, found: Found, *, with_row_id: bool) -> Scanned
         loaded.append(LoadedFile(file, digest_file(file.path).digest, num_rows, num_rows))
         schemas.append(dict(engine.describe(f"SELECT * FROM {_read_parquet([file])}")))
     types = _one_schema(found, schemas)
+    _refuse_rounded_parquet(engine, found, schemas)
     _refuse_reserved(found.name, types, with_row_id=with_row_id)
     wanted = [f"CAST({identifier(n)} AS {kind}) AS {identifier(n)}" for n, kind in types.items()]
     scan = _read_parquet(found.files, options=", union_by_name = true")
@@ -327,6 +406,31 @@ def _scan_parquet(engine: Engine, found: Found, *, with_row_id: bool) -> Scanned
         f"CREATE VIEW {source_view(found.name)} AS SELECT {', '.join(wanted)} FROM {scan}"
     )
     return Scanned(found.name, types, sum(file.num_rows_in for file in loaded), loaded)
+
+
+def _refuse_rounded_parquet(
+    engine: Engine, found: Found, schemas: Sequence[Mapping[str, str]]
+) -> None:
+    """Refuse whole numbers that DuckDB would round because another file has a float."""
+    for name in {name: None for schema in schemas for name in schema}:
+        kinds = {schema[name] for schema in schemas if name in schema}
+        if not kinds & {"FLOAT", "DOUBLE"}:
+            continue
+        limit = 1 << (53 if "DOUBLE" in kinds else 24)
+        for file, schema in zip(found.files, schemas, strict=True):
+            if not re.fullmatch(r"U?(INTEGER|BIGINT|HUGEINT)", schema.get(name, "")):
+                continue
+            column = identifier(name)
+            (value,) = engine.row(
+                f"SELECT min({column}) FROM {_read_parquet([file])} "
+                f"WHERE {column} NOT BETWEEN -{limit}::HUGEINT AND {limit}::HUGEINT"
+            )
+            if value is not None:
+                raise DataError(
+                    f"{file.name}: column {name!r} is {schema[name]} with {value} and a float in "
+                    f"another file of source {found.name}, which rounds it; write the column with "
+                    f"one type (as text to keep every digit) into all files"
+                )
 
 
 def _read_parquet(files: Sequence[File], *, options: str = "") -> str:
