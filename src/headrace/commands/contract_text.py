@@ -226,7 +226,7 @@ def _rest(draft: Draft) -> str:
         "evaluate:\n"
         "  num_resamples: 1000\n"
         "  confidence: 0.95\n"
-        "  unit: auto  # what is resampled: auto (what the split kept together: its days, its groups, else rows)\n"
+        "  unit: auto  # resampled: what the split kept together (days, groups), else rows\n"
         "\n# The package that `headrace predict` uses.\n"
         "publish:\n"
         f"  name: {scalar(draft.name)}  # of the registered model and the experiment in MLflow\n"
