@@ -8,6 +8,7 @@ import pyarrow.compute as pc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from threadpoolctl import threadpool_limits
 
 from headrace.data.encoder import (
     ENCODER,
@@ -76,6 +77,21 @@ def test_moments_merged_over_batches_equal_one_pass(tmp_path):
     assert encoder.scales[0].mean == pytest.approx(x.mean(), rel=1e-14)
     assert encoder.scales[0].std == pytest.approx(x.std(), rel=1e-9)
     assert (encoder.scales[0].low, encoder.scales[0].high) == (x.min(), x.max())
+
+
+def test_the_number_of_cores_changes_no_bit(tmp_path):
+    """BLAS divides a dot product by its threads, and rounds by how it was divided."""
+    rng = np.random.default_rng(0)
+    columns = {name: pa.array(rng.normal(3, 1, 60_000)) for name in "abcdefgh"}
+    digests = set()
+    for num_threads in (1, 2):
+        with threadpool_limits(num_threads):
+            folder = tmp_path / str(num_threads)
+            digests.add(
+                fit_columns(folder, columns, roles=dict.fromkeys(columns, "numeric")).digest
+            )
+
+    assert len(digests) == 1
 
 
 def test_only_train_rows_teach(tmp_path):

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression, Ridge
+from threadpoolctl import threadpool_limits
 
 from headrace.data.shards import open_shards
 from headrace.errors import IntegrityError, SchemaError
@@ -112,6 +113,18 @@ def test_a_target_far_from_zero_is_learnt_as_well(tmp_path, kind):
     found = fitted(far, kind=kind)[0].predict(encoded_rows(far, "test"))["delay"]
 
     assert found - 1.7e9 == pytest.approx(expected, abs=0.01)
+
+
+def test_the_number_of_cores_changes_no_bit(tmp_path):
+    """BLAS divides a product by its threads, and rounds by how it was divided."""
+    views = make_case(tmp_path, num_train=30_000, targets=(DELAY,))
+    found = []
+    for num_threads in (1, 2):
+        with threadpool_limits(num_threads):
+            model = fitted(views, kind="linear", max_passes=5)[0]
+            found.append(model.predict(encoded_rows(views, "train"))["delay"])
+
+    assert np.array_equal(*found)
 
 
 def test_too_few_passes_are_said(views):

@@ -16,8 +16,8 @@ from headrace.record import MemoryRecorder
 from headrace.stages.train import Trained, count_labels, refuse_unlearnable, train
 from headrace.storage import verify_folder
 from tests.train_case import (
-    CPU,
     DELAY,
+    RESOURCES,
     TARGETS,
     encoded_rows,
     example_columns,
@@ -50,7 +50,7 @@ def run(folder, model, out, **params):
         model=model,
         cache=folder / "cache",
         checkpoints=out.parent / f"checkpoints-{out.name}",
-        resources=CPU,
+        resources=RESOURCES,
         recorder=recorder,
     )
     return result, recorder
@@ -150,7 +150,7 @@ def test_an_unknown_model_names_the_nearest(folder, tmp_path):
             model="basline",
             cache=tmp_path,
             checkpoints=tmp_path,
-            resources=CPU,
+            resources=RESOURCES,
             recorder=MemoryRecorder(),
         )
 

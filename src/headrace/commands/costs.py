@@ -139,4 +139,4 @@ def _reduced(shape: Shape) -> float:
 
 
 def _encoded(shape: Shape) -> float:
-    return 13 + 4 * shape.num_numbers + 2 * shape.num_categories + 4 * shape.num_targets
+    return 13 + 4 * shape.num_numbers + 2 * shape.num_categories + 8 * shape.num_targets

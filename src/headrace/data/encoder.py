@@ -438,7 +438,7 @@ class _Moments:
         with np.errstate(over="ignore", invalid="ignore"):
             mean = float(finite.mean())
             centred = finite - mean
-            squares = float(np.dot(centred, centred))
+            squares = float(np.square(centred).sum())  # np.dot rounds by the number of cores
         total = self.num_finite + count
         shift = mean - self.mean
         self.mean += shift * (count / total)

@@ -13,6 +13,7 @@ codes of all categories, O outputs of one target.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
@@ -115,7 +116,8 @@ class BaselineModel:
         dense_BD, places_BC = _inputs(rows, config.cardinalities)
         values: Values = {}
         for j, target in enumerate(config.targets):
-            z_BO = _scores(self._coefficients[j], dense_BD, places_BC)
+            with _one_blas_thread():
+                z_BO = _scores(self._coefficients[j], dense_BD, places_BC)
             if target.task == "regression":
                 z_BO = z_BO * config.scales[j] + config.priors[j][0]
             values[target.name] = _to_values(target, z_BO)
@@ -165,7 +167,10 @@ def fit(
     recorder.params({"rows_learnt_from": int(rows.sum())})
     if params.kind == "prior":
         return BaselineModel(config, ())
-    fitted = [_fit_linear(shards, rows, config, j, params, recorder) for j in range(len(targets))]
+    with _one_blas_thread():
+        fitted = [
+            _fit_linear(shards, rows, config, j, params, recorder) for j in range(len(targets))
+        ]
     passes = tuple(num_passes for _, num_passes in fitted)
     return BaselineModel(
         config.model_copy(update={"passes": passes}), [coefficients for coefficients, _ in fitted]
@@ -195,6 +200,14 @@ def load(folder: Path, description: Mapping[str, Any]) -> BaselineModel:  # noqa
             f"{folder} does not hold a whole baseline ({error}); train the model again"
         ) from error
     return BaselineModel(config, parts)
+
+
+def _one_blas_thread() -> AbstractContextManager[Any]:
+    """Let BLAS, SciPy's too, use one thread for a while: it rounds by the number it divides by."""
+    from threadpoolctl import threadpool_limits
+
+    limits: AbstractContextManager[Any] = threadpool_limits(1, user_api="blas")
+    return limits
 
 
 def _moments(
