@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup run test lint slow bench drill ui lock clean
+.PHONY: setup run test lint slow bench ui lock clean
 
 setup: $(READY)
 
