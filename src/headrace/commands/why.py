@@ -84,20 +84,22 @@ def sentences(verdicts: list[Verdict]) -> list[str]:
     if all(verdict.state == "fresh" for verdict in verdicts):
         names = "all stages" if len(verdicts) != 1 else verdicts[0].stage
         return [f"{names}: unchanged, nothing to do"]
-    lines = []
-    for verdict in verdicts:
-        if verdict.state == "fresh":
-            lines.append(f"{verdict.stage}: unchanged")
-        elif verdict.state == "waiting":
-            causes = ", ".join(verdict.causes)
-            lines.append(
-                f"{verdict.stage}: unchanged itself; runs if {causes} gives another result"
-            )
-        else:
-            told = "; ".join(str(reason) for reason in verdict.reasons)
-            below = f" (and {', '.join(verdict.causes)} runs first)" if verdict.causes else ""
-            lines.append(f"{verdict.stage}: will run: {told}{below}")
-    return lines
+    return [_sentence(verdict) for verdict in verdicts]
+
+
+def _sentence(verdict: Verdict) -> str:
+    """One line for a stage, or one per reason where there are several."""
+    causes = ", ".join(verdict.causes)
+    is_one = len(verdict.causes) == 1
+    if verdict.state == "fresh":
+        return f"{verdict.stage}: unchanged"
+    if verdict.state == "waiting":
+        give = "gives" if is_one else "give"
+        return f"{verdict.stage}: unchanged itself; runs if {causes} {give} another result"
+    reasons = [str(reason) for reason in verdict.reasons]
+    if causes:
+        reasons.append(f"{causes} {'runs' if is_one else 'run'} first")
+    return f"{verdict.stage}: will run: " + "\n    ".join(reasons)
 
 
 def parameter_changes(key: str, old: Any, new: Any) -> list[tuple[str, str]]:
