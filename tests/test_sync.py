@@ -231,9 +231,17 @@ def test_a_damaged_package_is_not_registered(project: Project) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")  # in DVC's own code
-def test_a_run_of_plain_dvc_is_completed_once(project: Project, monkeypatch) -> None:
-    """After dvc has ended, the newest run gets lineage and results, and keeps its end."""
-    run = open_run(project.journal, kind="repro")
+@pytest.mark.parametrize("is_whole", [True, False], ids=["whole", "stopped"])
+def test_a_run_of_plain_dvc_is_completed_once(
+    project: Project, monkeypatch: pytest.MonkeyPatch, is_whole: bool
+) -> None:
+    """After dvc has ended, the newest run gets lineage and results, and keeps its end.
+
+    But if stages are still to be run, dvc was stopped between two: then nothing is claimed.
+    """
+    found = {} if is_whole else {"publish": ["deleted outs"]}
+    monkeypatch.setattr("headrace.commands.sync.changes", lambda *_: found)
+    run = open_run(project.journal, kind="dvc")
     run.stage("extract").close("finished", exit_code=0)
     run.close("finished")
     ended = read_run(run_path(project.journal, run.run_id)).closed
@@ -253,7 +261,11 @@ def test_a_run_of_plain_dvc_is_completed_once(project: Project, monkeypatch) -> 
     complete_last_run(project)
 
     told = read_run(run_path(project.journal, run.run_id))
+    if not is_whole:
+        assert (told.status, told.lineage, told.results) == ("interrupted", None, None)
+        return
     first = list_runs(project.journal)[0]
+    assert told.lineage is not None
     assert len(told.lineage) == 64
     assert dict(told.reused) == {"publish": first}
     assert told.results == {"late": {}}

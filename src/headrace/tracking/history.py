@@ -190,7 +190,8 @@ def read_run(path: Path) -> Run:
         commit=opening.data["commit"],
         dirty=opening.data["dirty"],
         closed=closing.time if closing else None,
-        status=closing.data["status"] if closing else "running",
+        # The last close knows best how the run ended, the first one when.
+        status=events[-1].data["status"] if closing else "running",
         lineage=lineage.data["id"] if lineage else None,
         stage_keys=lineage.data["stage_keys"] if lineage else {},
         reused={e.data["stage"]: e.data["made_by"] for e in own if e.kind == "stage_reused"},
