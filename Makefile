@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup run test lint slow bench ui lock clean
+.PHONY: setup run test lint slow bench drill ui lock clean
 
 setup: $(READY)
 
@@ -33,6 +33,13 @@ lint: setup
 
 bench: setup
 	@for name in benchmarks/[!_h]*.py; do $(BIN)/python $$name --quick || exit 1; done
+
+# Not in CI: what kills, cuts and stops in the tests, over and over (make drill DRILLS=30).
+DRILLS ?= 10
+drill: setup
+	@for round in $$(seq $(DRILLS)); do echo "round $$round of $(DRILLS)"; \
+		$(BIN)/python -m pytest -q -n 2 -k "kill or cut or stop or orphan or torn" tests || exit 1; \
+	done
 
 ui: setup
 	@$(BIN)/headrace ui
