@@ -40,9 +40,9 @@ from headrace.commands.pipeline import (
     use_without_git,
 )
 from headrace.commands.servers import HOST, MLFLOW_PORT
+from headrace.commands.settings import read_resources
 from headrace.commands.supervise import die_with_parent
 from headrace.errors import DependencyError, HeadraceError, Stopped
-from headrace.params import Resources, parse_section, read_yaml
 from headrace.project import Project
 from headrace.storage import write_file
 from headrace.tracking.location import find_store
@@ -137,8 +137,7 @@ def _run(project: Project, logs: Path | None) -> State[Any]:
     use_without_git(project)
     dag = read_dag(project)
     require_code(project, dag)
-    section = read_yaml(project.params).get("resources")
-    resources = parse_section(Resources, section, key="resources", path=project.params)
+    resources = read_resources(project)
     notes = prepare(project, dag)
     is_fresh = not changes(project, dag)
     failure = None

@@ -123,6 +123,16 @@ class Settings:
             )
 
 
+def read_resources(project: Project) -> Resources:
+    """Read section ``resources`` alone, whatever the rest of params.yaml is.
+
+    Raises:
+        ConfigError: see ``params.read_yaml`` and ``params.parse_section``.
+    """
+    path = Path(os.path.relpath(project.params))
+    return Settings(path, read_yaml(path)).resources
+
+
 def read_settings(project: Project) -> Settings:
     """Read params.yaml of ``project`` and check all of it.
 

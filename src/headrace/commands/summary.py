@@ -8,9 +8,9 @@ from rich.table import Table
 
 from headrace.commands.pipeline import Dag
 from headrace.commands.results import Result, looks, report, results
+from headrace.commands.settings import read_resources
 from headrace.lineage import environment_digest, lineage_id, stage_keys
 from headrace.memory import format_bytes
-from headrace.params import Resources, parse_section, read_yaml
 from headrace.project import LOCK, Project
 
 
@@ -28,7 +28,7 @@ def print_summary(project: Project, dag: Dag, costs: Sequence[Cost], console: Co
     """Print the tables and the pointers that end every run."""
     ran = [cost for cost in costs if cost.state != "unchanged"]
     if ran:
-        console.print(_cost_table(ran, _budget(project)))
+        console.print(_cost_table(ran, read_resources(project).memory_budget))
     found = results(project)
     for target in dict.fromkeys(one.target for one in found):
         own = [one for one in found if one.target == target]
@@ -107,8 +107,3 @@ def _pointers(project: Project, dag: Dag, *, has_results: bool) -> list[str]:
     )
     lines.append(f"next: {step}")
     return lines
-
-
-def _budget(project: Project) -> int:
-    section = read_yaml(project.params).get("resources")
-    return parse_section(Resources, section, key="resources", path=project.params).memory_budget

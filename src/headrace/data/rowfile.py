@@ -20,10 +20,10 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
+from headrace.data.dialect import NULL_MARKS
 from headrace.data.incoming import InputColumn, require_columns
 from headrace.errors import ConfigError, DataError, SchemaError
 
-NULL_MARKS = ("NA", "N/A", "n/a", "NaN", "nan", "NULL", "null", "None", "?", "-")
 _TRUE, _FALSE = ("true", "t", "yes", "1"), ("false", "f", "no", "0")
 _BATCH_ROWS = 16_384
 _BLOCK_BYTES = 2 << 20  # also the longest row; Arrow reads up to 32 blocks ahead
