@@ -10,6 +10,8 @@ workers. The epoch is part of the position, so each pass over the stream is a ne
 that was broken off is continued by the next pass.
 """
 
+import contextlib
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -239,6 +241,9 @@ class BatchStream(IterableDataset[Batch]):
         }
 
 
+_SIGNAL_S = 0.5
+
+
 class BatchLoader:
     """A stream with reading processes in front of it; the same batches in the same order.
 
@@ -269,7 +274,13 @@ class BatchLoader:
             return
         self.stream.set_position(*self.stream.position)  # where workers begin
         try:
-            yield from self.stream.counted(self._workers())
+            try:
+                yield from self.stream.counted(self._workers())
+            except (ConnectionError, EOFError):
+                # Torch tells of the same death by a signal that raises wherever Python is: here,
+                # not while the error is being made.
+                time.sleep(_SIGNAL_S)
+                raise
         except HeadraceError:
             self.close()
             raise
@@ -282,7 +293,12 @@ class BatchLoader:
 
     def close(self) -> None:
         """Stop the worker processes; the next pass starts new ones."""
+        running = getattr(self._processes, "_iterator", None)
         self._processes = None
+        if running is not None:
+            # Left to its __del__, torch may raise there that a worker died, which nobody can catch.
+            with contextlib.suppress(RuntimeError):
+                running._shutdown_workers()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position of the stream; see ``BatchStream.state_dict``."""
