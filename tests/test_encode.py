@@ -66,7 +66,7 @@ def test_two_runs_are_equal_byte_for_byte(tmp_path):
     assert {"contract.json", "encoder.json", "encoder.safetensors", "shards.json"} <= set(
         verify_folder(first)
     )
-    assert (first / "train" / "shard-00000" / "codes.u8").is_file()
+    assert (first / "train" / "shard-00000" / "rows.bin").is_file()
 
 
 def test_the_size_of_shards_is_a_parameter(tmp_path):
@@ -198,7 +198,7 @@ def test_too_little_memory_or_disk_is_said_with_the_figure(tmp_path, monkeypatch
         start(memory_budget=1 << 20)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 100))
-    with pytest.raises(ResourceError, match=r"need 1\.3 KiB of disk, 100 B are free"):
+    with pytest.raises(ResourceError, match=r"need 2\.0 KiB of disk, 100 B are free"):
         start()
 
 

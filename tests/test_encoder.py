@@ -199,7 +199,7 @@ def test_counting_forgets_the_rarest_beyond_its_limit():
     counts = _LabelCounts(limit=2000)
     for start in range(0, 400_000, 40_000):
         rare = [str(i) for i in range(start, start + 40_000)]
-        counts.add(pa.array(rare + ["often"] * 50).dictionary_encode())
+        counts.add(40_050, pa.array([*rare, "often"]), np.array([1] * 40_000 + [50]))
         assert counts.num_pending + len(counts.labels) < 150_000
     codes = counts.codes("c", "string", max_categories=10, min_count=100)
 

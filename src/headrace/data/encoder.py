@@ -22,10 +22,11 @@ once and its codes are remapped through that table. Cost of a row: near the cost
 """
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -36,9 +37,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from headrace.data.table import Table
+from headrace.data.layout import Packed, RowLayout, row_layout
+from headrace.data.parallel import in_order
+from headrace.data.table import Span, Table
 from headrace.errors import DataError, IntegrityError, SchemaError, nearest
-from headrace.kernels.encode import TILE_ROWS, remap, standardise
+from headrace.kernels.encode import TILE_ROWS, count_indices, moments, remap, standardise
 from headrace.params import Section
 from headrace.schema import (
     CONTRACT,
@@ -60,13 +63,14 @@ MISSING = 1  # null
 FIRST_LABEL = 2
 
 Rows: TypeAlias = pa.RecordBatch | pa.Table
+Result = TypeVar("Result")
 Floats: TypeAlias = npt.NDArray[np.float64]
 
 _BATCH_BYTES = 32 << 20  # of float64 cells; fixed, because means are merged batch by batch
+_NO_NULLS = np.empty(0, np.uint8)
 _MAX_COUNTED_LABELS = 2_000_000  # a category with more is counted approximately
 
 
-@dataclass(frozen=True)
 class EncodedBatch:
     """Rows as fixed-width arrays: B rows, N numeric inputs, C categories, T targets.
 
@@ -74,29 +78,29 @@ class EncodedBatch:
     where missing; ``codes`` (B, C) unsigned, 0 unknown, 1 missing, from 2 the known labels;
     ``targets`` (B, T) float64, the value or the class code, NaN where missing; ``weight`` (B,)
     float32, NaN where missing; ``fold`` (B,) int8, -1 outside train.
+
+    They are views of ``packed``, the same rows as ``layout`` lays them out; only numbers that are
+    stored as float16 are copied, to float32.
     """
 
-    row_id: npt.NDArray[np.int64]
-    numeric: npt.NDArray[np.float32]
-    codes: npt.NDArray[Any]
-    targets: npt.NDArray[np.float64]
-    weight: npt.NDArray[np.float32]
-    fold: npt.NDArray[np.int8]
+    def __init__(self, packed: Packed, layout: RowLayout) -> None:
+        self.packed = packed
+        self.layout = layout
+        views = layout.split(packed)
+        self.row_id: npt.NDArray[np.int64] = views["row_id"]
+        self.numeric: npt.NDArray[np.float32] = views["numeric"].astype(np.float32, copy=False)
+        self.codes: npt.NDArray[Any] = views["codes"]
+        self.targets: npt.NDArray[np.float64] = views["targets"]
+        self.weight: npt.NDArray[np.float32] = views["weight"]
+        self.fold: npt.NDArray[np.int8] = views["fold"]
 
     def __len__(self) -> int:
         """Number of rows."""
-        return len(self.row_id)
+        return len(self.packed)
 
     def where(self, rows: npt.NDArray[Any]) -> "EncodedBatch":
         """Return the rows that a mask or an index array names."""
-        return EncodedBatch(
-            self.row_id[rows],
-            self.numeric[rows],
-            self.codes[rows],
-            self.targets[rows],
-            self.weight[rows],
-            self.fold[rows],
-        )
+        return EncodedBatch(self.packed[rows], self.layout)
 
 
 class NumericScale(Section):
@@ -131,6 +135,13 @@ class CategoryCodes(Section):
         return len(self.labels) + FIRST_LABEL
 
 
+class _Held(threading.local):
+    """Look-up tables of the dictionaries that a thread is at, by the place of their category."""
+
+    def __init__(self) -> None:
+        self.luts: dict[int, tuple[pa.Array, npt.NDArray[Any]]] = {}
+
+
 class _Fitted(Section):
     """The content of encoder.json."""
 
@@ -160,7 +171,21 @@ class Encoder:
         self.dropped = dict(dropped)  # feature left out -> why
         self.codes_dtype = _narrowest([category.cardinality for category in categories])
         self._labels = [pa.array(category.labels, pa.string()) for category in categories]
-        self._luts: dict[str, tuple[pa.Array, npt.NDArray[Any]]] = {}
+        self._held = _Held()
+        self.layout = row_layout(
+            num_targets=len(contract.targets),
+            num_numeric=len(scales),
+            num_codes=len(categories),
+            codes=self.codes_dtype.newbyteorder("<").str,
+            numeric="<f4",
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_held"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._held = _Held()
 
     @property
     def numeric(self) -> tuple[str, ...]:
@@ -210,20 +235,16 @@ class Encoder:
         """Encode rows and also count, per numeric input, the numbers that became NaN by it."""
         self._require_inputs(rows.schema)
         num_rows = rows.num_rows
-        batch = EncodedBatch(
-            row_id=_identity(rows, num_rows),
-            numeric=np.empty((num_rows, len(self.scales)), np.float32),
-            codes=np.empty((num_rows, len(self.categories)), self.codes_dtype),
-            targets=self._targets(rows, num_rows),
-            weight=self._weight(rows, num_rows),
-            fold=_fold(rows, num_rows),
-        )
+        batch = EncodedBatch(self.layout.empty(num_rows), self.layout)
+        batch.row_id[:] = _identity(rows, num_rows)
+        batch.targets[:] = self._targets(rows, num_rows)
+        batch.weight[:] = self._weight(rows, num_rows)
+        batch.fold[:] = _fold(rows, num_rows)
         num_infinite = np.zeros(len(self.scales), np.int64)
         start = 0
         for part in rows.to_batches() if isinstance(rows, pa.Table) else [rows]:
             stop = start + part.num_rows
-            num_infinite += self._fill_numeric(part, batch.numeric[start:stop])
-            self._fill_codes(part, batch.codes[start:stop])
+            num_infinite += self._fill(part, batch.numeric[start:stop], batch.codes[start:stop])
             start = stop
         return batch, num_infinite
 
@@ -284,39 +305,41 @@ class Encoder:
             )
         _refuse_types(schema, self.numeric, [category.name for category in self.categories])
 
-    def _fill_numeric(
-        self, part: pa.RecordBatch, out_BN: npt.NDArray[np.float32]
+    def _fill(
+        self, part: pa.RecordBatch, out_BN: npt.NDArray[np.float32], out_BC: npt.NDArray[Any]
     ) -> npt.NDArray[np.int64]:
-        columns = [_numbers(part.column(scale.name)) for scale in self.scales]
-        num_infinite = np.zeros(len(columns), np.int64)
-        for start in range(0, part.num_rows, TILE_ROWS):
-            tile = slice(start, start + TILE_ROWS)
-            for j, (x_B, scale) in enumerate(zip(columns, self.scales, strict=True)):
-                num_infinite[j] += standardise(
-                    x_B[tile], mean=scale.mean, std=scale.std, out_B=out_BN[tile, j]
-                )
-        return num_infinite
-
-    def _fill_codes(self, part: pa.RecordBatch, out_BC: npt.NDArray[Any]) -> None:
+        """Write numbers and codes of ``part``; return how many of each input became NaN."""
+        numbers = [_buffers(_plain(part.column(scale.name))) for scale in self.scales]
+        indices = []
         for j, category in enumerate(self.categories):
             values = _dictionary(part.column(category.name))
-            lut = self._lut(j, values.dictionary)
-            remap(_indices(values), lut, out_B=out_BC[:, j])
+            indices.append((*_buffers(values.indices), self._lut(j, values.dictionary)))
+        num_infinite = np.zeros(len(numbers), np.int64)
+        for start in range(0, part.num_rows, TILE_ROWS):
+            tile = slice(start, start + TILE_ROWS)
+            for j, ((x_B, valid, first), scale) in enumerate(
+                zip(numbers, self.scales, strict=True)
+            ):
+                num_infinite[j] += standardise(
+                    x_B[tile], valid, first + start, scale.mean, scale.std, out_BN[tile, j]
+                )
+            for j, (index_B, valid, first, lut) in enumerate(indices):
+                remap(index_B[tile], valid, first + start, lut, out_BC[tile, j])
+        return num_infinite
 
     def _lut(self, j: int, dictionary: pa.Array) -> npt.NDArray[Any]:
         """Return the codes of a dictionary's values, and after them that of null."""
-        name, dtype = self.categories[j].name, self.categories[j].dtype
-        held, lut = self._luts.get(name, (None, None))
+        held, lut = self._held.luts.get(j, (None, None))
         if lut is not None and _is_same_memory(held, dictionary):
             return lut
-        text = label_text(_rounded_as_fitted(dictionary, dtype))
+        text = label_text(_rounded_as_fitted(dictionary, self.categories[j].dtype))
         found = pc.index_in(text, value_set=self._labels[j])
         codes = pc.fill_null(pc.add(found, FIRST_LABEL), UNKNOWN)
         codes = pc.if_else(pc.is_valid(text), codes, MISSING)
         lut = np.append(codes.to_numpy(zero_copy_only=False), MISSING).astype(self.codes_dtype)
         # Holding the dictionary keeps its memory from being reused, so the same address is the
-        # same content; one tuple, so that another thread sees both or neither.
-        self._luts[name] = (dictionary, lut)
+        # same content.
+        self._held.luts[j] = (dictionary, lut)
         return lut
 
     def _targets(self, rows: Rows, num_rows: int) -> npt.NDArray[np.float64]:
@@ -343,13 +366,14 @@ def fit_encoder(
     num_quantiles: int,
     quantile_rows: int,
     seed: int,
+    threads: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> Encoder:
     """Fit an encoder on the train rows of ``table``; other splits are not read.
 
     Per category the ``max_categories`` most frequent labels with at least ``min_count`` rows are
     known. Quantiles come from ``quantile_rows`` train rows drawn with ``seed``. ``progress``
-    hears the number of rows read so far.
+    hears the number of rows read so far. No bit depends on ``threads``.
 
     Raises:
         SchemaError: if an input has a type that its role does not allow.
@@ -360,31 +384,35 @@ def fit_encoder(
     num_rows = table.num_rows("train")
     if num_rows == 0:
         raise DataError(f"{table.folder} has no train rows; change `extract.split`")
-    moments = {name: _Moments() for name in names}
+    found = {name: _Moments() for name in names}
     counts = {
         name: _LabelCounts(max(_MAX_COUNTED_LABELS, 4 * max_categories)) for name in categories
     }
     sample = _Sample(num_rows, quantile_rows, names, seed=seed)
     done = 0
-    for batch in encode_batches(table, "train", [*names, *categories]):
-        if done == 0:
-            _refuse_types(batch.schema, names, categories)
+    columns = [*names, *categories]
+
+    def seen(batch: pa.RecordBatch) -> _Seen:
+        _refuse_types(batch.schema, names, categories)
+        return _see(batch, names, categories)
+
+    for seen_of in encode_batches(table, "train", columns, seen, threads=threads):
         for name in names:
-            x_B = _numbers(batch.column(name)).astype(np.float64, copy=False)
-            moments[name].add(x_B)
-            sample.add(name, x_B, start=done)
+            x_B, valid, first, of_batch = seen_of.numbers[name]
+            found[name].add(seen_of.num_rows, of_batch)
+            sample.add(name, x_B, valid, first, start=done)
         for name in categories:
-            counts[name].add(_dictionary(batch.column(name)))
-        done += batch.num_rows
+            counts[name].add(seen_of.num_rows, *seen_of.labels[name])
+        done += seen_of.num_rows
         if progress:
             progress(done)
     dropped: dict[str, str] = {}
     scales, known = [], []
     for name in names:
-        if reason := moments[name].useless():
+        if reason := found[name].useless():
             dropped[name] = reason
         else:
-            scales.append(moments[name].scale(name))
+            scales.append(found[name].scale(name))
     for name in categories:
         codes = counts[name].codes(
             name, contract.column(name).dtype, max_categories=max_categories, min_count=min_count
@@ -407,11 +435,57 @@ def fit_encoder(
     )
 
 
-def encode_batches(table: Table, split: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """Yield the rows of a split in batches whose size depends on their width alone."""
-    width = max(1, len(columns)) * 8
-    batch_rows = min(65_536, max(TILE_ROWS, _BATCH_BYTES // width))
-    return table.batches(split, columns, batch_rows=batch_rows)
+def encode_batches(
+    table: Table,
+    split: str,
+    columns: Sequence[str],
+    work: Callable[[pa.RecordBatch], Result],
+    *,
+    threads: int,
+) -> Iterator[Result]:
+    """Yield what ``work`` makes of each batch of a split, in row order, computed in threads.
+
+    Batches are cut by the width of a row and the file's row groups alone.
+    """
+    batch_rows = min(65_536, max(TILE_ROWS, _BATCH_BYTES // (max(1, len(columns)) * 8)))
+    dictionaries = [name for name in table.contract.named("category") if name in columns]
+
+    def of_span(span: Span) -> Iterator[Result]:
+        for batch in span.batches(columns, batch_rows=batch_rows, dictionaries=dictionaries):
+            yield work(batch)
+
+    yield from in_order(table.spans(split, columns, span_rows=batch_rows), of_span, threads=threads)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What one batch teaches; numbers as Arrow's own buffers, for the sample."""
+
+    num_rows: int
+    numbers: dict[str, tuple[npt.NDArray[Any], npt.NDArray[np.uint8], int, "_BatchMoments"]]
+    labels: dict[str, tuple[pa.Array, npt.NDArray[np.int64]]]
+
+
+def _see(batch: pa.RecordBatch, names: Sequence[str], categories: Sequence[str]) -> _Seen:
+    numbers = {}
+    for name in names:
+        x_B, valid, first = _buffers(_plain(batch.column(name)))
+        numbers[name] = (x_B, valid, first, moments(x_B, valid, first))
+    labels = {name: _label_counts(_dictionary(batch.column(name))) for name in categories}
+    return _Seen(batch.num_rows, numbers, labels)
+
+
+def _label_counts(values: pa.DictionaryArray) -> tuple[pa.Array, npt.NDArray[np.int64]]:
+    """Return the labels that come in a batch and how often; null is not among them."""
+    index_B, valid, first = _buffers(values.indices)
+    size = len(values.dictionary)
+    found = count_indices(index_B, valid, first, size)
+    text = label_text(values.dictionary)
+    keep = ~pc.is_null(text).to_numpy(zero_copy_only=False) & (found > 0)
+    return text.filter(pa.array(keep)), found[keep]
+
+
+_BatchMoments: TypeAlias = tuple[int, int, float, float, float, float]
 
 
 class _Moments:
@@ -426,21 +500,16 @@ class _Moments:
         self.low = math.inf
         self.high = -math.inf
 
-    def add(self, x_B: Floats) -> None:
-        finite = x_B[np.isfinite(x_B)]
-        count = len(finite)
-        self.num_rows += len(x_B)
-        self.num_infinite += int(np.count_nonzero(np.isinf(x_B)))
+    def add(self, num_rows: int, found: _BatchMoments) -> None:
+        """Take in one batch: its rows, and what ``moments`` returned of them."""
+        count, num_infinite, batch_mean, squares, low, high = found
+        self.num_rows += num_rows
+        self.num_infinite += num_infinite
         if count == 0:
             return
-        self.low = min(self.low, float(finite.min()))
-        self.high = max(self.high, float(finite.max()))
-        with np.errstate(over="ignore", invalid="ignore"):
-            mean = float(finite.mean())
-            centred = finite - mean
-            squares = float(np.square(centred).sum())  # np.dot rounds by the number of cores
+        self.low, self.high = min(self.low, low), max(self.high, high)
         total = self.num_finite + count
-        shift = mean - self.mean
+        shift = batch_mean - self.mean
         self.mean += shift * (count / total)
         self.squares += squares + shift * shift * (self.num_finite * count / total)
         self.num_finite = total
@@ -492,17 +561,12 @@ class _LabelCounts:
     num_pending: int = 0
     num_forgotten_labels: int = 0
 
-    def add(self, values: pa.DictionaryArray) -> None:
-        """Count one batch."""
-        size = len(values.dictionary)
-        found = np.bincount(_indices(values), minlength=size + 1)
-        text = label_text(values.dictionary)
-        is_null = pc.is_null(text).to_numpy(zero_copy_only=False)
-        self.num_rows += len(values)
-        self.num_missing += int(found[size] + found[:size][is_null].sum())
-        keep = ~is_null & (found[:size] > 0)
-        self.pending.append((text.filter(pa.array(keep)), found[:size][keep]))
-        self.num_pending += int(keep.sum())
+    def add(self, num_rows: int, labels: pa.Array, counts: npt.NDArray[np.int64]) -> None:
+        """Take in one batch: its rows, its labels, and how often each came."""
+        self.num_rows += num_rows
+        self.num_missing += num_rows - int(counts.sum())
+        self.pending.append((labels, counts))
+        self.num_pending += len(labels)
         # Merged only once there is as much to merge as there is already: cost stays linear.
         if self.num_pending > max(65_536, len(self.labels)):
             self._merge()
@@ -550,10 +614,23 @@ class _Sample:
         self._rows = np.sort(rng.choice(num_rows, size=size, replace=False, shuffle=False))
         self._values = {name: np.empty(size) for name in names}
 
-    def add(self, name: str, x_B: Floats, *, start: int) -> None:
+    def add(
+        self,
+        name: str,
+        x_B: npt.NDArray[Any],
+        valid: npt.NDArray[np.uint8],
+        first_bit: int,
+        *,
+        start: int,
+    ) -> None:
         """Keep the drawn rows of a batch that begins at row ``start``."""
         first, stop = np.searchsorted(self._rows, [start, start + len(x_B)])
-        self._values[name][first:stop] = x_B[self._rows[first:stop] - start]
+        rows = self._rows[first:stop] - start
+        taken = x_B[rows].astype(np.float64)
+        if len(valid):
+            bits = rows + first_bit
+            taken[(valid[bits >> 3] >> (bits & 7)) & 1 == 0] = np.nan
+        self._values[name][first:stop] = taken
 
     def quantiles(self, scales: list[NumericScale], num_quantiles: int) -> npt.NDArray[np.float32]:
         """Return standardised quantiles (N, Q), from the exact smallest to the exact largest."""
@@ -564,7 +641,7 @@ class _Sample:
             finite = values[np.isfinite(values)]
             knots = np.quantile(finite if len(finite) else [scale.low, scale.high], steps)
             knots[[0, -1]] = scale.low, scale.high
-            standardise(knots, mean=scale.mean, std=scale.std, out_B=out_NQ[j])
+            standardise(knots, _NO_NULLS, 0, scale.mean, scale.std, out_NQ[j])
         return out_NQ
 
 
@@ -616,13 +693,32 @@ def _is_binary(kind: pa.DataType) -> bool:
 
 def _numbers(values: pa.Array) -> npt.NDArray[Any]:
     """Return numbers as NumPy sees them, NaN where null; no copy where there is no null."""
+    numbers: npt.NDArray[Any] = _plain(values).to_numpy(zero_copy_only=False)
+    return numbers
+
+
+def _plain(values: pa.Array) -> pa.Array:
+    """Return numbers in a type whose values lie in memory as NumPy has them."""
     kind = values.type
     if pa.types.is_boolean(kind):
-        values = values.cast(pa.uint8())
-    elif pa.types.is_decimal(kind) or pa.types.is_null(kind):
-        values = values.cast(pa.float64())
-    numbers: npt.NDArray[Any] = values.to_numpy(zero_copy_only=False)
-    return numbers
+        return values.cast(pa.uint8())
+    if pa.types.is_decimal(kind) or pa.types.is_null(kind):
+        return values.cast(pa.float64())
+    return values.cast(pa.float32()) if pa.types.is_float16(kind) else values
+
+
+def _buffers(values: pa.Array) -> tuple[npt.NDArray[Any], npt.NDArray[np.uint8], int]:
+    """Return the numbers of an Arrow array, its validity bits, and which bit is the first row's."""
+    valid, data = values.buffers()
+    dtype = np.dtype(values.type.to_pandas_dtype())
+    x_B = (
+        np.frombuffer(data, dtype, len(values), values.offset * dtype.itemsize)
+        if data
+        else (np.zeros(len(values), dtype))
+    )
+    if not values.null_count:
+        return x_B, _NO_NULLS, 0
+    return x_B, np.frombuffer(valid, np.uint8), values.offset
 
 
 def _dictionary(values: pa.Array) -> pa.DictionaryArray:
@@ -643,15 +739,6 @@ def _rounded_as_fitted(values: pa.Array, fitted_dtype: str) -> pa.Array:
     if not (pa.types.is_floating(kind) and pa.types.is_floating(values.type)):
         return values
     return values.cast(kind, safe=False) if kind.bit_width < values.type.bit_width else values
-
-
-def _indices(values: pa.DictionaryArray) -> npt.NDArray[Any]:
-    """Return the dictionary indices, and the length of the dictionary where a value is null."""
-    indices = values.indices
-    if indices.null_count:
-        indices = indices.cast(pa.int64()).fill_null(len(values.dictionary))
-    found: npt.NDArray[Any] = indices.to_numpy()
-    return found
 
 
 def _is_same_memory(a: pa.Array, b: pa.Array) -> bool:

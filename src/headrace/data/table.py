@@ -8,6 +8,7 @@ sorted by ``row_id`` over the files of a split. A split without rows has no fold
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,6 +16,58 @@ import pyarrow.parquet as pq
 from headrace.errors import IntegrityError, SchemaError, nearest
 from headrace.schema import FOLD, ROW_ID, SPLITS, Contract, read_contract
 from headrace.storage import folder_digest, verify_folder
+
+
+@dataclass(frozen=True)
+class Span:
+    """Consecutive row groups of one file: what one thread decodes at a time."""
+
+    path: Path
+    metadata: Any  # of the file, parsed once
+    texts: frozenset[str]  # names of its text columns
+    row_groups: tuple[int, ...]
+    num_rows: int
+
+    def batches(
+        self, columns: Sequence[str], *, batch_rows: int, dictionaries: Sequence[str] = ()
+    ) -> Iterator[pa.RecordBatch]:
+        """Yield the rows in order; memory stays at a batch.
+
+        ``dictionaries`` are the text columns to be read as codes and the few texts they stand
+        for, as the file has them: half the time, and no text is built per row.
+        """
+        with pq.ParquetFile(
+            self.path,
+            metadata=self.metadata,
+            memory_map=True,
+            read_dictionary=[name for name in dictionaries if name in self.texts] or None,
+        ) as file:
+            yield from file.iter_batches(
+                batch_rows,
+                row_groups=list(self.row_groups),
+                columns=list(columns),
+                use_threads=False,
+            )
+
+
+def file_spans(path: Path, *, span_rows: int) -> list[Span]:
+    """Cut a Parquet file into spans of at least ``span_rows`` rows; the last may be shorter."""
+    metadata = pq.read_metadata(path, memory_map=True)
+    texts = frozenset(
+        field.name
+        for field in metadata.schema.to_arrow_schema()
+        if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)
+    )
+    spans: list[Span] = []
+    groups: list[int] = []
+    num_rows = 0
+    for group in range(metadata.num_row_groups):
+        groups.append(group)
+        num_rows += metadata.row_group(group).num_rows
+        if num_rows >= span_rows or group == metadata.num_row_groups - 1:
+            spans.append(Span(path, metadata, texts, tuple(groups), num_rows))
+            groups, num_rows = [], 0
+    return spans
 
 
 @dataclass(frozen=True)
@@ -49,6 +102,19 @@ class Table:
                 yield from file.iter_batches(
                     batch_rows, columns=None if columns is None else list(columns)
                 )
+
+    def spans(
+        self, split: str, columns: Sequence[str] | None = None, *, span_rows: int = 65_536
+    ) -> list[Span]:
+        """Return the spans of ``split`` in row order, to be decoded by as many threads as wanted.
+
+        Raises:
+            SchemaError: if a column is not in the table, with the nearest name.
+        """
+        self._require(columns)
+        return [
+            span for path in self.files(split) for span in file_spans(path, span_rows=span_rows)
+        ]
 
     def read(self, split: str, columns: Sequence[str]) -> pa.Table:
         """Return whole columns of ``split`` in memory: for row ids, targets, times, groups."""

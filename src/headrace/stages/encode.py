@@ -10,20 +10,30 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
 from headrace.data.encoder import EncodedBatch, Encoder, encode_batches, fit_encoder
-from headrace.data.shards import SHARD_SPLITS, ShardSchema, ShardWriter, shard_schema, write_schema
+from headrace.data.layout import NumericDtype
+from headrace.data.shards import (
+    SHARD_SPLITS,
+    ShardSchema,
+    ShardWriter,
+    StoredError,
+    shard_schema,
+    write_schema,
+)
 from headrace.data.table import Table, open_table
 from headrace.errors import DataError, ResourceError
 from headrace.memory import format_bytes
 from headrace.params import Bytes, Resources, Section
 from headrace.record import Recorder
 from headrace.storage import new_folder
+
+_STORED: Mapping[str, NumericDtype] = {"float32": "<f4", "float16": "<f2"}
 
 
 class EncodeParams(Section):
@@ -33,7 +43,9 @@ class EncodeParams(Section):
     min_count: Annotated[int, Field(ge=1)] = 2  # train rows a label needs to have its own code
     num_quantiles: Annotated[int, Field(ge=2, le=65_536)] = 1000  # per numeric input
     quantile_rows: Annotated[int, Field(ge=100)] = 50_000  # train rows drawn to find them
-    shard_bytes: Bytes = 256 << 20  # of all arrays of one shard
+    shard_bytes: Bytes = 256 << 20  # of all files of one shard
+    # What numbers are stored as. float16 halves their bytes; the largest error is in shards.json.
+    numeric: Literal["float32", "float16"] = "float32"
     seed: Annotated[int, Field(ge=0)] = 0  # of the drawn rows
 
 
@@ -66,6 +78,7 @@ class _Written:
     num_unlabelled: int = 0
     num_done: int = 0
     num_infinite: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)
+    worst: list[npt.NDArray[np.float64]] = field(default_factory=list)  # (N,) of each split
 
 
 def encode(
@@ -88,18 +101,21 @@ def encode(
         num_quantiles=params.num_quantiles,
         quantile_rows=params.quantile_rows,
         seed=params.seed,
+        threads=resources.threads,
         progress=lambda done: recorder.progress(done, total, unit="rows", detail="fit"),
     )
-    schema = shard_schema(encoder)
+    schema = shard_schema(encoder, numeric=_STORED[params.numeric])
     _refuse_small_disk(out, table, schema)
     written = _Written(num_done=table.num_rows("train"))
     try:
         with new_folder(out) as folder:
             encoder.save(folder)
             for split in SHARD_SPLITS:
-                _write_split(folder, split, table, encoder, schema, params, written)
+                _write_split(
+                    folder, split, table, encoder, schema, params, written, resources.threads
+                )
                 recorder.progress(written.num_done, total, unit="rows", detail=split)
-            schema = schema.model_copy(update={"splits": written.sizes})
+            schema = _completed(schema, params, written)
             write_schema(folder, schema)
     except OSError as error:
         if error.errno != errno.ENOSPC:
@@ -114,7 +130,7 @@ def encode(
         num_categories=len(encoder.categories),
         dropped=encoder.dropped,
         num_unlabelled=written.num_unlabelled,
-        num_bytes=sum(num_rows.values()) * schema.row_bytes,
+        num_bytes=sum(num_rows.values()) * schema.bytes_per_row,
     )
 
 
@@ -126,11 +142,13 @@ def _write_split(
     schema: ShardSchema,
     params: EncodeParams,
     written: _Written,
+    threads: int,
 ) -> None:
     num_infinite = np.zeros(len(encoder.numeric), np.int64)
     with ShardWriter(folder / split, schema, shard_bytes=params.shard_bytes) as writer:
-        for rows in encode_batches(table, split, encoder.columns):
-            batch, in_batch = encoder.transform_counted(rows)
+        for batch, in_batch in encode_batches(
+            table, split, encoder.columns, encoder.transform_counted, threads=threads
+        ):
             _refuse_unusable(batch, encoder, split)
             num_infinite += in_batch
             written.num_done += len(batch)
@@ -146,6 +164,19 @@ def _write_split(
         )
     written.sizes[split] = tuple(writer.sizes)
     written.num_infinite[split] = num_infinite
+    written.worst.append(writer.worst)
+
+
+def _completed(schema: ShardSchema, params: EncodeParams, written: _Written) -> ShardSchema:
+    """Return the schema with the rows that were written, and what float16 cost."""
+    errors: tuple[StoredError, ...] = ()
+    if params.numeric == "float16":
+        worst = np.max(written.worst, axis=0).tolist()
+        errors = tuple(
+            StoredError(name=name, worst=error)
+            for name, error in zip(schema.numeric, worst, strict=True)
+        )
+    return schema.model_copy(update={"splits": written.sizes, "float16_errors": errors})
 
 
 def _refuse_unusable(batch: EncodedBatch, encoder: Encoder, split: str) -> None:
@@ -171,8 +202,8 @@ def _refuse_unusable(batch: EncodedBatch, encoder: Encoder, split: str) -> None:
 def _refuse_small_memory(table: Table, params: EncodeParams, resources: Resources) -> None:
     columns = len(table.contract.columns)
     sample = min(params.quantile_rows, table.num_rows("train")) * columns * 8
-    batch = 4 * (64 << 20)  # decoded, as float64, encoded, and the reader's row group
-    needed = sample + batch
+    per_thread = 64 << 20  # a batch decoded and encoded, and one that waits to be written
+    needed = sample + (2 + resources.threads) * per_thread
     if needed > resources.memory_budget:
         raise ResourceError(
             f"encode needs about {format_bytes(needed)} for a table of {columns} columns, "
@@ -188,7 +219,7 @@ def _refuse_small_disk(out: Path, table: Table, schema: ShardSchema) -> None:
 
 
 def _needed_bytes(table: Table, schema: ShardSchema) -> int:
-    return sum(table.num_rows(split) for split in SHARD_SPLITS) * schema.row_bytes
+    return sum(table.num_rows(split) for split in SHARD_SPLITS) * schema.bytes_per_row
 
 
 def _disk_message(out: Path, table: Table, schema: ShardSchema) -> str:
