@@ -7,6 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from headrace.data.encoder import EncodedBatch
+from headrace.data.layout import row_layout
 from headrace.data.table import Table, open_table
 from headrace.params import Resources
 from headrace.record import MemoryRecorder
@@ -95,6 +97,22 @@ def write_table(
         contract = contract_of(splits["train"], roles=roles, targets=targets)
         write_file(private / "contract.json", contract.to_json())
     return open_table(folder)
+
+
+def changed(rows: EncodedBatch, **arrays: np.ndarray) -> EncodedBatch:
+    """Return a batch with other arrays than its encoder made."""
+    parts = {field.name: getattr(rows, field.name) for field in rows.layout.fields} | arrays
+    layout = row_layout(
+        num_targets=parts["targets"].shape[1],
+        num_numeric=parts["numeric"].shape[1],
+        num_codes=parts["codes"].shape[1],
+        codes=rows.layout.field("codes").dtype,
+        numeric="<f4",
+    )
+    packed = layout.empty(len(rows))
+    for name, view in layout.split(packed).items():
+        view[...] = parts[name]
+    return EncodedBatch(packed, layout)
 
 
 def encode_example(

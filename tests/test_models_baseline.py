@@ -1,6 +1,5 @@
 """The baseline: priors by hand, and a linear model against scikit-learn."""
 
-import copy
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +11,7 @@ from headrace.data.shards import open_shards
 from headrace.errors import IntegrityError, SchemaError
 from headrace.models.baseline import BaselineParams, fit, load
 from headrace.record import MemoryRecorder
-from tests.encode_tables import write_table
+from tests.encode_tables import changed, write_table
 from tests.train_case import (
     DELAY,
     encode_only,
@@ -159,13 +158,6 @@ def test_no_rows_give_no_predictions(views):
         assert {name: v.shape for name, v in values.items()} == {
             "delay": (0,), "late": (0,), "class": (0, 3),
         }  # fmt: skip
-
-
-def changed(rows, **arrays):
-    """Return a batch with other arrays than its encoder made."""
-    other = copy.copy(rows)
-    vars(other).update(arrays)
-    return other
 
 
 def test_rows_that_are_not_of_its_encoder_are_refused(views):

@@ -20,6 +20,7 @@ from headrace.models.multihead import (
 from headrace.models.nn import NnParams, fit, load
 from headrace.record import MemoryRecorder
 from headrace.training.device import RandomStream
+from tests.encode_tables import changed
 from tests.train_case import (
     CLASS,
     DELAY,
@@ -147,14 +148,14 @@ def test_no_rows_give_no_predictions(views, tmp_path):
 def test_missing_numbers_and_unknown_codes_are_predicted_and_bounded(views, tmp_path):
     model, _ = fitted(views, tmp_path)
     rows = encoded_rows(views, "test")
-    changed = replace(
+    unknown = changed(
         rows,
         numeric=np.full_like(rows.numeric, np.nan),
         codes=np.zeros_like(rows.codes),
     )
-    extreme = replace(rows, numeric=np.full_like(rows.numeric, 1e30))
+    extreme = changed(rows, numeric=np.full_like(rows.numeric, 1e30))
 
-    assert all(np.isfinite(values).all() for values in model.predict(changed).values())
+    assert all(np.isfinite(values).all() for values in model.predict(unknown).values())
     assert np.abs(model.predict(extreme)["delay"]).max() < 1e4
 
 
@@ -281,9 +282,9 @@ def test_rows_that_are_not_of_its_encoder_are_refused(views, tmp_path):
     with pytest.raises(SchemaError, match="reads encoded rows"):
         model.predict(table_rows(views, "test"))
     with pytest.raises(SchemaError, match="trained on 2 and 2"):
-        model.predict(replace(rows, numeric=rows.numeric[:, :1]))
+        model.predict(changed(rows, numeric=rows.numeric[:, :1]))
     with pytest.raises(SchemaError, match="codes that the network has not"):
-        model.predict(replace(rows, codes=rows.codes + 100))
+        model.predict(changed(rows, codes=rows.codes + 100))
 
 
 @pytest.mark.parametrize("damage", ["weights.safetensors", "network.json"])

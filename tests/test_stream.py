@@ -1,6 +1,9 @@
 """The stream: every row once per epoch, restartable anywhere, batches that stay as they are."""
 
 import multiprocessing
+import os
+import signal
+import threading
 
 import numpy as np
 import pytest
@@ -97,7 +100,11 @@ def test_ranks_share_an_epoch_in_equal_steps(folder, order, batch_size, num_rank
     per_rank = []
     for rank in range(num_ranks):
         batches = BatchStream(
-            folder, batch_size=batch_size, order=order, rank=rank, num_ranks=num_ranks
+            folder,
+            batch_size=min(batch_size, 500 // num_ranks),
+            order=order,
+            rank=rank,
+            num_ranks=num_ranks,
         )
         batches.set_position(epoch)
         per_rank.append(ids(batches))
@@ -195,7 +202,7 @@ def test_a_position_of_another_stream_is_refused(folder):
     with pytest.raises(ConfigError, match="'global_batch': '50 there, 25 here'"):
         stream(folder, batch_size=25).load_state_dict(state)
     with pytest.raises(ConfigError, match=r"another stream: {'rows': 'all there"):
-        stream(folder, batch_size=50, rows=[1, 2, 3]).load_state_dict(state)
+        stream(folder, batch_size=50, rows=np.arange(60)).load_state_dict(state)
     with pytest.raises(ConfigError, match=r"epoch 0, 11 batches used\) is not in this stream"):
         stream(folder, batch_size=50).set_position(0, 11)
     halved = BatchStream(folder, batch_size=25, num_ranks=2)
@@ -248,13 +255,100 @@ def test_workers_give_the_same_batches_each_epoch_and_after_a_stop(folder):
     assert ids(resumed) == ids(expected[2][7:])
 
 
-def test_a_dead_worker_is_an_error_with_the_position(folder):
-    batches = loader(stream(folder, batch_size=1), num_workers=1, timeout_s=60)
+def test_dead_workers_are_started_again_once_and_then_an_error(folder):
+    """One death is told and mended, with the same batches; a second ends with the position."""
+    told = []
+    batches = loader(stream(folder, batch_size=1), num_workers=1, timeout_s=60, warn=told.append)
     running = iter(batches)
     try:
-        next(running)
+        seen = [next(running)]
         multiprocessing.active_children()[0].kill()
-        with pytest.raises(ResourceError, match=r"a worker process .* failed.*epoch=0"):
+        seen += [next(running) for _ in range(20)]
+        assert ids(seen) == ids(stream(folder, batch_size=1))[:21]
+        (text,) = told
+        assert "a worker process that reads" in text
+        assert "are started again" in text
+        multiprocessing.active_children()[0].kill()
+        with pytest.raises(ResourceError, match=r"a worker process .* failed.*after \(0, \d+\)"):
             list(running)
     finally:
         batches.close()
+
+
+def test_a_hung_worker_is_an_error_within_its_time(folder):
+    """A stopped process neither dies nor answers."""
+    batches = loader(stream(folder, batch_size=1), num_workers=1, timeout_s=6)
+    running = iter(batches)
+    try:
+        next(running)
+        (child,) = multiprocessing.active_children()
+        os.kill(child.pid, signal.SIGSTOP)
+        with pytest.raises(ResourceError, match="timed out after 6 seconds"):
+            list(running)
+    finally:
+        batches.close()
+
+
+@pytest.mark.parametrize("read_ahead", [1, 3])
+def test_a_thread_reads_the_same_batches(folder, read_ahead):
+    """Over two epochs, with a stop in the second: what was read ahead does not count."""
+    expected = stream(folder, batch_size=24)
+    batches = loader(stream(folder, batch_size=24), read_ahead=read_ahead)
+
+    assert all(same(a, b) for a, b in zip(batches, expected, strict=True))
+    running = iter(batches)
+    seen = ids(next(running) for _ in range(5))
+    running.close()
+    assert batches.stream.position == Position(1, 5)
+    assert seen + ids(batches) == ids(expected)
+    assert not [t for t in threading.enumerate() if t.name == "read-ahead"]
+
+
+def test_an_error_of_the_reading_thread_arrives_at_the_loop(folder, monkeypatch):
+    batches = loader(stream(folder, batch_size=24))
+    monkeypatch.setattr(batches.stream.source, "gather", lambda *_: 1 / 0)
+
+    with pytest.raises(ZeroDivisionError):
+        list(batches)
+
+
+def test_buffers_are_used_again_only_when_nobody_holds_their_batch(folder):
+    """Few buffers for many batches; a view that is kept keeps its batch as it was."""
+    batches = stream(folder, batch_size=10)
+    seen, kept = set(), []
+    for number, batch in enumerate(batches):
+        seen.add(batch.numeric.data_ptr())
+        if number == 3:
+            kept.append((batch.row_id, batch.row_id.clone()))
+        del batch
+    assert len(seen) < 6
+    assert torch.equal(*kept[0])
+
+
+def test_a_batch_larger_than_the_set_is_refused(folder):
+    with pytest.raises(ConfigError, match=r"a batch of 501 rows .* set, which has 500 rows"):
+        stream(folder, batch_size=501)
+    assert [len(b) for b in stream(folder, batch_size=501, order="sequential")] == [500]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_samples_are_the_rows_one_by_one(folder, num_workers):
+    """For a loader that collates by itself."""
+    samples = stream(folder, batch_size=50).samples()
+    rows = torch.utils.data.DataLoader(
+        samples,
+        batch_size=20,
+        num_workers=num_workers,
+        multiprocessing_context="spawn" if num_workers else None,
+    )
+    batches = list(rows)
+    expected = list(stream(folder, batch_size=50))
+
+    assert len(samples) == 500
+    assert [len(batch["row_id"]) for batch in batches] == [20] * 25
+    for name in ("row_id", "numeric", "codes", "targets"):
+        whole = torch.cat([batch[name] for batch in batches])
+        assert torch.equal(
+            torch.nan_to_num(whole),
+            torch.nan_to_num(torch.cat([getattr(batch, name) for batch in expected])),
+        )

@@ -227,7 +227,7 @@ def test_a_damaged_table_is_refused(tmp_path):
 
 def test_damaged_shards_are_refused(tmp_path):
     make_case(tmp_path)
-    path = next((tmp_path / "encode" / "train").rglob("targets.f64"))
+    path = next((tmp_path / "encode" / "train").rglob("targets.f8"))
     data = bytearray(path.read_bytes())
     data[5] ^= 1
     path.write_bytes(data)

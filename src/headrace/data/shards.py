@@ -212,7 +212,7 @@ def shard_name(index: int) -> str:
 class Shards:
     """The rows of one split, numbered from 0 over its shards; arrays are mapped on first use.
 
-    Holds open maps: it does not pickle. Open it where it is used.
+    Sent to another process it opens and checks its files there.
     """
 
     def __init__(
@@ -228,6 +228,19 @@ class Shards:
         self._maps: list[_Mapped] = []  # of the packed rows, once a row is asked for
         self._addresses = np.empty(0, np.uint64)
         self._num_unchecked = len(self.sizes)  # shards that have a block nobody looked at
+
+    def __getstate__(self) -> dict[str, Any]:
+        closed = {
+            "_maps": [],
+            "_addresses": np.empty(0, np.uint64),
+            "_num_unchecked": len(self.sizes),
+        }
+        return self.__dict__ | closed
+
+    @property
+    def name(self) -> str:
+        """The folder, for messages."""
+        return str(self.folder)
 
     @property
     def numeric(self) -> tuple[str, ...]:

@@ -1,21 +1,27 @@
-"""Encoded shards as a stream of whole batches of PyTorch tensors, restartable at any batch.
+"""Encoded rows as a stream of whole batches of PyTorch tensors, restartable at any batch.
 
-Reading is thin: ``order`` says which rows the next batch has, ``shards`` copies them. A batch is
-always fresh memory, so it stays as it was handed out for as long as it is held.
+Reading is thin: ``order`` says which rows the next batch has, a ``RowSource`` (mapped shards, or
+Parquet files that are encoded on the way) copies them, packed, into one buffer, and a batch is
+views of it. A buffer is used again only when nothing of its batch is held any more, so a batch
+stays as it was handed out for as long as it is held.
 
-A ``BatchStream`` is what a training loop iterates; ``loader`` puts processes in front of it.
-Both count a batch when it is handed out, not when it is read (workers read ahead), and the count
-is the position: ``state_dict()`` after any step continues with the next batch, with any number of
+A ``BatchStream`` is what a training loop iterates; ``loader`` reads ahead of it, in a thread or in
+processes. Both count a batch when it is handed out, not when it is read, and the count is the
+position: ``state_dict()`` after any step continues with the next batch, with any number of
 workers. The epoch is part of the position, so each pass over the stream is a new epoch, and one
 that was broken off is continued by the next pass.
 """
 
 import contextlib
+import queue
+import sys
+import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,10 +29,46 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from headrace.data.encoder import EncodedBatch
+from headrace.data.layout import Packed, RowLayout
 from headrace.data.order import KINDS, Cut, Kind, Position, RowOrder
-from headrace.data.shards import Shards, open_shards
+from headrace.data.shards import ShardSchema, open_shards
 from headrace.errors import ConfigError, HeadraceError, ResourceError
 from headrace.storage import digest_bytes
+
+_KEPT_BUFFERS = 4  # of a stream, for batches that nobody holds any more
+_DTYPES = {
+    "<i8": torch.int64,
+    "<f8": torch.float64,
+    "<f4": torch.float32,
+    "<f2": torch.float16,
+    "|u1": torch.uint8,
+    "<u2": torch.uint16,
+    "<u4": torch.uint32,
+    "|i1": torch.int8,
+}
+
+
+class RowSource(Protocol):
+    """Encoded rows of one split, numbered from 0; it can be sent to another process."""
+
+    split: str
+    schema: ShardSchema
+    sizes: tuple[int, ...]  # of the shards, or of what takes their place
+    num_rows: int
+
+    @property
+    def digest(self) -> str:
+        """Digest of the rows' content and its meaning."""
+
+    @property
+    def name(self) -> str:
+        """Where the rows are, for messages."""
+
+    def gather(self, rows: npt.NDArray[np.int64], out_BR: Packed) -> None:
+        """Copy the given rows, packed, to the first rows of ``out_BR``."""
+
+    def read(self, name: str) -> npt.NDArray[Any]:
+        """Return one field of all rows in memory."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +77,7 @@ class Batch:
 
     Shapes: ``row_id`` (B,) int64; ``numeric`` (B, N) float32, NaN where missing; ``codes`` (B, C)
     int32, ready for an embedding; ``targets`` (B, T) float64, NaN where missing; ``weight`` (B,)
-    float32; ``fold`` (B,) int8, -1 outside train.
+    float32; ``fold`` (B,) int8, -1 outside train. All but ``codes`` are views of one buffer.
     """
 
     row_id: torch.Tensor
@@ -69,9 +111,9 @@ class BatchStream(IterableDataset[Batch]):
     by ``set_position``, for nobody counts there: set each epoch, or use ``loader``, which counts.
 
     Args:
-        folder: what the stage ``encode`` wrote.
-        split: train, valid or test.
-        batch_size: rows per batch on each rank. A set with fewer rows is one short batch.
+        source: what the stage ``encode`` wrote, or any ``RowSource``.
+        split: train, valid or test, of an encoded folder.
+        batch_size: rows per batch on each rank.
         order: exact, window, block or sequential; see ``headrace.data.order``.
         seed: of the order; it has no effect on ``sequential``.
         rows: which rows of the split, as a mask or as ascending positions; all if None.
@@ -82,13 +124,14 @@ class BatchStream(IterableDataset[Batch]):
         contract_digest: of the contract the reader expects, refused if another.
 
     Raises:
-        ConfigError: if a setting is out of range, or ``rows`` does not fit the split.
+        ConfigError: if a setting is out of range, ``rows`` does not fit the split, or a batch is
+            larger than the set (in sequential order that is one short batch).
         IntegrityError: if the shards are missing or damaged.
     """
 
     def __init__(
         self,
-        folder: Path | str,
+        source: Path | str | RowSource,
         *,
         split: str = "train",
         batch_size: int,
@@ -102,16 +145,14 @@ class BatchStream(IterableDataset[Batch]):
         contract_digest: str | None = None,
     ) -> None:
         super().__init__()
-        self.folder = Path(folder)
-        self.split = split
+        if isinstance(source, str | Path):
+            source = open_shards(Path(source), split, contract_digest=contract_digest)
+        self.source: RowSource = source
+        self.schema = source.schema
         self.rank = rank
-        self._shards: Shards | None = open_shards(
-            self.folder, split, contract_digest=contract_digest
-        )
-        self.schema = self._shards.schema
-        self._rows = None if rows is None else _row_numbers(rows, self._shards)
+        self._rows = None if rows is None else _row_numbers(rows, source)
         self._rows_digest = "all" if self._rows is None else digest_bytes(self._rows.tobytes())
-        sizes = self._shards.sizes if self._rows is None else _sizes(self._rows, self._shards)
+        sizes = source.sizes if self._rows is None else _sizes(self._rows, source)
         for name, value, least in (
             ("batch_size", batch_size, 1),
             ("seed", seed, 0),
@@ -127,12 +168,18 @@ class BatchStream(IterableDataset[Batch]):
             raise ConfigError(
                 f"rank is {rank}; it must be from 0 to num_ranks - 1 = {num_ranks - 1}"
             )
+        if order != "sequential" and batch_size * num_ranks > sum(sizes) > 0:
+            raise ConfigError(
+                f"a batch of {batch_size} rows on {num_ranks} ranks is larger than the set, which "
+                f"has {sum(sizes)} rows ({source.split} of {source.name}); set a smaller batch_size"
+            )
         self.order = RowOrder(order, sizes, seed, window_shards, block_rows)
         self.cut = Cut(sum(sizes), batch_size, num_ranks)
         # In shared memory, so that workers that outlive an epoch see where the next one starts.
         self._start = torch.zeros(2, dtype=torch.int64)
         self._start.share_memory_()  # type: ignore[no-untyped-call]
         self._position = Position()
+        self._buffers = _Buffers(self.schema.rows)
 
     @property
     def num_rows(self) -> int:
@@ -200,38 +247,42 @@ class BatchStream(IterableDataset[Batch]):
         """Yield what is left of the current epoch, or this worker's part of it."""
         info = get_worker_info()
         if info is None:
-            yield from self.counted(self._batches(self._position, 0, 1))
+            packed = map(torch.from_numpy, self.packed(self._position))
+            yield from self.counted(self.unpacked(packed))
         else:
-            epoch, batches = self._start.tolist()
-            yield from self._batches(Position(epoch, batches), info.id, info.num_workers)
+            yield from self.unpacked(self.packed_from_start(info.id, info.num_workers))
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_shards": None}  # maps are opened where they are used
+    def packed(self, position: Position, worker: int = 0, num_workers: int = 1) -> Iterator[Packed]:
+        """Yield a worker's batches of one epoch from ``position`` on as packed rows (B, R).
 
-    def _batches(self, position: Position, worker: int, num_workers: int) -> Iterator[Batch]:
-        shards = self._opened()
+        ``unpack`` makes them tensors. Nothing is counted, nothing is moved.
+        """
         for batch in self.cut.share(position.batches, worker, num_workers):
             first, end = self.cut.bounds(batch, self.rank)
-            yield to_tensors(self._read(shards, position.epoch, first, end))
+            rows = self.order.rows(position.epoch, first, end)
+            out_BR = self._buffers.take(end - first)
+            self.source.gather(rows if self._rows is None else self._rows[rows], out_BR)
+            yield out_BR
 
-    def _read(self, shards: Shards, epoch: int, first: int, end: int) -> EncodedBatch:
-        if self.order.kind == "sequential" and self._rows is None:
-            return shards.slice(first, end)
-        rows = self.order.rows(epoch, first, end)
-        return shards.take(rows if self._rows is None else self._rows[rows])
+    def packed_from_start(self, worker: int, num_workers: int) -> Iterator[torch.Tensor]:
+        """Yield a worker process's batches from the position that was last set, packed."""
+        epoch, batches = self._start.tolist()
+        yield from map(torch.from_numpy, self.packed(Position(epoch, batches), worker, num_workers))
 
-    def _opened(self) -> Shards:
-        if self._shards is None:
-            self._shards = open_shards(
-                self.folder, self.split, contract_digest=self.schema.contract
-            )
-        return self._shards
+    def unpacked(self, packed: Iterable[torch.Tensor]) -> Iterator[Batch]:
+        """Yield packed rows as batches."""
+        for packed_BR in packed:
+            yield unpack(packed_BR, self.schema.rows)
+
+    def samples(self) -> "SampleStream":
+        """Return the same rows one by one, for a loop that makes its own batches."""
+        return SampleStream(self)
 
     def _identity(self) -> dict[str, Any]:
         return {
             "format": 1,
-            "data": self._opened().digest,
-            "split": self.split,
+            "data": self.source.digest,
+            "split": self.source.split,
             "rows": self._rows_digest,
             "order": self.order.kind,
             "seed": self.order.seed,
@@ -241,22 +292,56 @@ class BatchStream(IterableDataset[Batch]):
         }
 
 
-_SIGNAL_S = 0.5
+class SampleStream(IterableDataset[dict[str, torch.Tensor]]):
+    """The rows of a stream one by one, in its order: tensors by name, for PyTorch's own collation.
+
+    Iterating moves the position of the stream as iterating that would: by whole batches. Whole
+    batches are 10 to 100 times as fast; this is for code that expects single samples.
+    """
+
+    def __init__(self, batches: BatchStream) -> None:
+        super().__init__()
+        self.batches = batches
+
+    def __len__(self) -> int:
+        """Rows of an epoch on this rank."""
+        batches = self.batches
+        bounds = (batches.cut.bounds(batch, batches.rank) for batch in range(len(batches)))
+        return sum(end - first for first, end in bounds)
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield what is left of the current epoch, or this worker's part of it."""
+        names = [field.name for field in fields(Batch)]
+        for batch in self.batches:
+            columns = [getattr(batch, name).unbind() for name in names]
+            for values in zip(*columns, strict=True):
+                yield dict(zip(names, values, strict=True))
 
 
 class BatchLoader:
-    """A stream with reading processes in front of it; the same batches in the same order.
+    """A stream with reading ahead of it; the same batches in the same order.
 
-    Iterate it like the stream: each pass is what is left of the current epoch. Worker processes
-    are started fresh (spawn, so the script needs its ``if __name__ == "__main__":``) and stay for
-    the following epochs. Batches are counted where they are handed out.
+    Iterate it like the stream: each pass is what is left of the current epoch. A thread of this
+    process reads ahead, or worker processes do: these are started fresh (spawn, so the script needs
+    its ``if __name__ == "__main__":``) and stay for the following epochs. Batches are counted where
+    they are handed out. Workers that die are started again once in a pass.
     """
 
-    def __init__(self, stream: BatchStream, *, num_workers: int, timeout_s: float) -> None:
+    def __init__(
+        self,
+        stream: BatchStream,
+        *,
+        num_workers: int,
+        read_ahead: int,
+        timeout_s: float,
+        warn: Callable[[str], None],
+    ) -> None:
         self.stream = stream
         self._num_workers = num_workers
+        self._read_ahead = read_ahead
         self._timeout_s = timeout_s
-        self._processes: DataLoader[Batch] | None = None
+        self._warn = warn
+        self._processes: DataLoader[torch.Tensor] | None = None
 
     def __len__(self) -> int:
         """Batches of a whole epoch on this rank."""
@@ -266,30 +351,16 @@ class BatchLoader:
         """Yield what is left of the current epoch.
 
         Raises:
-            ResourceError: if a worker process died or did not answer in time, with the position
-                from which the stream can be continued.
+            ResourceError: if worker processes died twice or did not answer in time, with the
+                position from which the stream can be continued.
         """
-        if self._num_workers == 0:
+        if self._num_workers:
+            yield from self._by_workers()
+        elif self._read_ahead:
+            packed = _ahead(self.stream.packed(self.stream.position), self._read_ahead)
+            yield from self.stream.counted(self.stream.unpacked(map(torch.from_numpy, packed)))
+        else:
             yield from self.stream
-            return
-        self.stream.set_position(*self.stream.position)  # where workers begin
-        try:
-            try:
-                yield from self.stream.counted(self._workers())
-            except (ConnectionError, EOFError):
-                # Torch tells of the same death by a signal that raises wherever Python is: here,
-                # not while the error is being made.
-                time.sleep(_SIGNAL_S)
-                raise
-        except HeadraceError:
-            self.close()
-            raise
-        except (RuntimeError, ConnectionError, EOFError) as error:
-            self.close()
-            raise ResourceError(
-                f"a worker process that reads {self.stream.folder} failed ({error}); the stream is "
-                f"at {self.stream.position}. Set `resources.workers` to 0 to read without workers"
-            ) from error
 
     def close(self) -> None:
         """Stop the worker processes; the next pass starts new ones."""
@@ -308,10 +379,50 @@ class BatchLoader:
         """Continue where another stream was; see ``BatchStream.load_state_dict``."""
         self.stream.load_state_dict(state)
 
-    def _workers(self) -> Iterator[Batch]:
+    def _by_workers(self) -> Iterator[Batch]:
+        is_retried = False
+        epoch = self.stream.position.epoch
+        while self.stream.position.epoch == epoch:
+            self.stream.set_position(*self.stream.position)  # where workers begin
+            try:
+                yield from self._pass()
+            except _WorkerError as error:
+                what = (
+                    f"a worker process that reads {self.stream.source.name} failed ({error}) after "
+                    f"{tuple(self.stream.position)} (epoch, batches)"
+                )
+                if is_retried or error.is_hung:
+                    raise ResourceError(
+                        f"{what}. Set `resources.workers` to 0 to read without workers"
+                    ) from error.__cause__
+                is_retried = True
+                self._warn(f"{what}; the workers are started again")
+            if not len(self.stream):
+                return
+
+    def _pass(self) -> Iterator[Batch]:
+        """Yield what the running workers have; any failure of theirs is a ``_WorkerError``."""
+        try:
+            try:
+                yield from self.stream.counted(self.stream.unpacked(self._workers()))
+            except (ConnectionError, EOFError):
+                # Torch tells of the same death by a signal that raises wherever Python is: here,
+                # not while the error is being made.
+                time.sleep(_SIGNAL_S)
+                raise
+        except HeadraceError:
+            self.close()
+            raise
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            for process in getattr(getattr(self._processes, "_iterator", None), "_workers", ()):
+                process.kill()  # a process that hangs does not hear that it should end
+            self.close()
+            raise _WorkerError(str(error), is_hung="timed out" in str(error)) from error
+
+    def _workers(self) -> Iterator[torch.Tensor]:
         if self._processes is None:
             self._processes = DataLoader(
-                self.stream,
+                _PackedStream(self.stream),
                 batch_size=None,
                 num_workers=self._num_workers,
                 multiprocessing_context="spawn",
@@ -320,6 +431,92 @@ class BatchLoader:
                 collate_fn=_as_it_is,
             )
         yield from self._processes
+
+
+_SIGNAL_S = 0.5
+
+
+class _WorkerError(Exception):
+    """Worker processes failed; the position is that of the last batch handed out."""
+
+    def __init__(self, message: str, *, is_hung: bool) -> None:
+        super().__init__(message)
+        self.is_hung = is_hung
+
+
+class _PackedStream(IterableDataset[torch.Tensor]):
+    """What a worker process of ``BatchLoader`` reads: one tensor a batch to hand over."""
+
+    def __init__(self, batches: BatchStream) -> None:
+        super().__init__()
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        info = get_worker_info()
+        assert info is not None, "only worker processes iterate this"
+        yield from self._batches.packed_from_start(info.id, info.num_workers)
+
+
+class _Buffers:
+    """Packed buffers of a stream, used again when nothing refers to one any more."""
+
+    def __init__(self, layout: RowLayout) -> None:
+        self._layout = layout
+        self._kept: list[Packed] = []
+
+    def take(self, num_rows: int) -> Packed:
+        """Return a buffer of ``num_rows`` rows that nobody else holds."""
+        for buffer in self._kept:
+            # Referred to by the list, by the loop and by the argument: by nobody else.
+            if len(buffer) >= num_rows and sys.getrefcount(buffer) == _OWN_REFERENCES:
+                return buffer[:num_rows]
+        buffer = np.empty((num_rows, self._layout.row_bytes), np.uint8)
+        self._kept = [*self._kept[-(_KEPT_BUFFERS - 1) :], buffer]
+        return buffer[:num_rows]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_layout": self._layout, "_kept": []}
+
+
+_OWN_REFERENCES = 3
+
+
+def _ahead(items: Iterator[Packed], num_ahead: int) -> Iterator[Packed]:
+    """Yield ``items``, computed by a thread that runs ``num_ahead`` items before the consumer."""
+    ready: queue.Queue[Packed | BaseException | None] = queue.Queue(maxsize=num_ahead)
+    is_over = threading.Event()
+
+    def put(item: Packed | BaseException | None) -> None:
+        while not is_over.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put(item, timeout=_POLL_S)
+                return
+
+    def read() -> None:
+        try:
+            for item in items:
+                put(item)
+                del item  # a buffer the thread still held could not be used again
+                if is_over.is_set():
+                    return
+            put(None)
+        except BaseException as error:  # noqa: BLE001 - raised by the consumer
+            put(error)
+
+    thread = threading.Thread(target=read, name="read-ahead", daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+            del item
+    finally:
+        is_over.set()
+        thread.join()
+
+
+_POLL_S = 0.1
 
 
 def stream(
@@ -340,51 +537,80 @@ def stream(
     )
 
 
-def loader(batches: BatchStream, *, num_workers: int, timeout_s: float = 120.0) -> BatchLoader:
-    """Return a loader that reads ``batches`` with processes of its own; 0 reads in this one.
+def loader(
+    batches: BatchStream,
+    *,
+    num_workers: int = 0,
+    read_ahead: int = 2,
+    timeout_s: float = 120.0,
+    warn: Callable[[str], None] = warnings.warn,
+) -> BatchLoader:
+    """Return a loader that reads ``batches`` before they are asked for.
 
-    ``timeout_s``: how long one batch may take, starting the process included.
+    Args:
+        batches: What to read; its position moves as batches are handed out.
+        num_workers: Processes that read; 0 reads in this one.
+        read_ahead: Without workers, the batches a thread of this process reads ahead; 0 for none.
+        timeout_s: How long one batch of a worker may take, starting the process included.
+        warn: Hears that workers died and are started again.
+
+    Raises:
+        ConfigError: if a setting is out of range.
     """
-    if num_workers < 0 or timeout_s <= 0:
+    if num_workers < 0 or read_ahead < 0 or timeout_s <= 0:
         raise ConfigError(
-            f"num_workers is {num_workers} and timeout_s {timeout_s}; they must be at least 0 and "
-            f"above 0"
+            f"num_workers is {num_workers}, read_ahead {read_ahead} and timeout_s {timeout_s}; "
+            f"they must be at least 0, at least 0 and above 0"
         )
-    return BatchLoader(batches, num_workers=num_workers, timeout_s=timeout_s)
+    return BatchLoader(
+        batches, num_workers=num_workers, read_ahead=read_ahead, timeout_s=timeout_s, warn=warn
+    )
+
+
+def unpack(packed_BR: torch.Tensor, layout: RowLayout) -> Batch:
+    """Return packed rows (B, R) uint8, on any device, as a batch that is views of them.
+
+    Codes become int32, and numbers stored as float16 float32: these are copies.
+    """
+    parts = {}
+    for field in layout.fields:
+        dtype = _DTYPES[field.dtype]
+        if field.width == 0 or not len(packed_BR):  # PyTorch cannot view no bytes as another type
+            shape = (len(packed_BR), field.width or 1)
+            view = packed_BR.new_empty(shape, dtype=dtype)
+        else:
+            view = packed_BR[:, field.offset : field.offset + field.num_bytes].view(dtype)
+        parts[field.name] = view[:, 0] if field.width is None else view
+    parts["codes"] = parts["codes"].to(torch.int32)
+    parts["numeric"] = parts["numeric"].float()
+    return Batch(**parts)
 
 
 def to_tensors(rows: EncodedBatch) -> Batch:
-    """Return rows as tensors; arrays that are fresh and writable are not copied."""
-    return Batch(
-        row_id=torch.from_numpy(rows.row_id),
-        numeric=torch.from_numpy(rows.numeric),
-        codes=torch.from_numpy(rows.codes.astype(np.int32)),
-        targets=torch.from_numpy(rows.targets),
-        weight=torch.from_numpy(rows.weight),
-        fold=torch.from_numpy(rows.fold),
-    )
+    """Return encoded rows as tensors; see ``unpack``."""
+    return unpack(torch.from_numpy(rows.packed), rows.layout)
 
 
 def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _row_numbers(rows: npt.ArrayLike, shards: Shards) -> npt.NDArray[np.int64]:
+def _row_numbers(rows: npt.ArrayLike, source: RowSource) -> npt.NDArray[np.int64]:
     given = np.asarray(rows)
-    where = f"`rows` of split {shards.split!r} ({shards.num_rows} rows)"
-    if given.ndim != 1 or (given.dtype == bool and len(given) != shards.num_rows):
+    where = f"`rows` of split {source.split!r} ({source.num_rows} rows)"
+    if given.ndim != 1 or (given.dtype == bool and len(given) != source.num_rows):
         raise ConfigError(f"{where} has shape {given.shape}; a mask has one entry per row")
     if given.dtype != bool and not np.issubdtype(given.dtype, np.integer) and len(given):
         raise ConfigError(f"{where} is {given.dtype}; give a mask or row numbers")
     numbers = np.flatnonzero(given) if given.dtype == bool else given.astype(np.int64)
     if len(numbers) and (
-        numbers[0] < 0 or numbers[-1] >= shards.num_rows or (np.diff(numbers) <= 0).any()
+        numbers[0] < 0 or numbers[-1] >= source.num_rows or (np.diff(numbers) <= 0).any()
     ):
         raise ConfigError(f"{where} must be ascending row numbers of the split, each once")
     return np.ascontiguousarray(numbers, np.int64)
 
 
-def _sizes(rows: npt.NDArray[np.int64], shards: Shards) -> tuple[int, ...]:
-    ends = np.cumsum(shards.sizes)
+def _sizes(rows: npt.NDArray[np.int64], source: RowSource) -> tuple[int, ...]:
+    ends = np.cumsum(source.sizes)
     counts = np.diff(np.searchsorted(rows, ends, side="left"), prepend=0)
     return tuple(counts.tolist())

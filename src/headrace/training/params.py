@@ -30,10 +30,12 @@ class TrainingParams(Section):
 def batch_rows_for(num_rows: int) -> int:
     """Return the rows of a batch where none are set: 256, doubled per fourfold of 50,000 rows.
 
+    A smaller set is one batch.
+
     >>> [batch_rows_for(n) for n in (10, 50_000, 199_999, 200_000, 800_000)]
-    [256, 256, 256, 512, 1024]
+    [10, 256, 256, 512, 1024]
     """
     rows, doublings = num_rows // 200_000, 0
     while rows:
         rows, doublings = rows // 4, doublings + 1
-    return 256 << doublings
+    return max(1, min(256 << doublings, num_rows))
