@@ -11,8 +11,13 @@ from typing import Any, TypeAlias
 import numba
 import numpy as np
 import numpy.typing as npt
+from numba.core import types
+from numba.extending import intrinsic
+
+GUIDE_ROWS = 1024  # set bits from one entry of a selection's guide to the next
 
 _compiled: Any = numba.njit  # untyped upstream
+_intrinsic: Any = intrinsic
 Places: TypeAlias = npt.NDArray[np.int64]
 Words: TypeAlias = npt.NDArray[np.uint64]
 _CHUNK = 512
@@ -106,3 +111,66 @@ def in_blocks(
             row += 1
             row -= num_rows * np.int64(row == num_rows)
         start = 0
+
+
+@_intrinsic  # type: ignore[untyped-decorator]
+def _ones(_context: Any, _word: Any) -> Any:
+    def build(_: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.ctpop(args[0])
+
+    return types.uint64(types.uint64), build
+
+
+@_compiled(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def select(
+    places: Places, words: Words, starts: Places, guide: Places, span: int, out: Places
+) -> None:
+    """Write the numbers of the set bits that stand at ``places`` among all set bits.
+
+    Shapes: ``words`` (8 K,) the bits, lowest first; ``starts`` (K + 1,) set bits before each block
+    of 512, and all; ``guide`` (G,) the block of each ``GUIDE_ROWS``-th set bit, of the last twice;
+    ``span`` the most blocks between two of them, both included.
+    """
+    # Each step for a whole chunk: the vector unit works, and many cache misses run at a time.
+    where, word = np.empty(_CHUNK, np.uint64), np.empty(_CHUNK, np.uint64)
+    rest, bits = np.empty(_CHUNK, np.uint64), np.empty(_CHUNK, np.uint64)
+    last = _U(len(starts) - 2)
+    for first in range(0, len(places), _CHUNK):
+        part, found = places[first : first + _CHUNK], out[first : first + _CHUNK]
+        for i in range(len(part)):
+            where[i] = _U(guide[_U(part[i]) // _U(GUIDE_ROWS)])
+        count = _U(span)
+        while count > _U(1):  # the last block that begins at the place or before
+            half = count >> _U(1)
+            for i in range(len(part)):
+                block = min(where[i] + half, last)
+                where[i] += (block - where[i]) * _U(starts[block] <= part[i])
+            count -= half
+        for i in range(len(part)):
+            rest[i] = _U(part[i] - starts[where[i]])
+            where[i] *= _U(8)
+            word[i] = words[where[i]] ^ words[where[i] + _U(7)]  # only to have them at hand
+        for i in range(len(part)):  # the word of the block that holds the bit
+            base, number, before, ones = where[i], _U(0), _U(0), _U(0)
+            for w in range(7):
+                ones += _ones(words[base + _U(w)])
+                is_past = _U(ones <= rest[i])
+                number += is_past
+                before += (ones - before) * is_past
+            where[i] += number
+            rest[i] -= before
+        for i in range(len(part)):
+            word[i] = words[where[i]]
+            bits[i] = _U(0)
+        half = _U(32)
+        while half:
+            mask = (_U(1) << half) - _U(1)
+            for i in range(len(part)):
+                ones = _ones(word[i] & mask)
+                is_past = _U(ones <= rest[i])
+                rest[i] -= ones * is_past
+                word[i] >>= half * is_past
+                bits[i] += half * is_past
+            half >>= _U(1)
+        for i in range(len(part)):
+            found[i] = np.int64(where[i] * _U(64) + bits[i])
