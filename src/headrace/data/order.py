@@ -126,7 +126,7 @@ class RowOrder:
         blocks = np.arange(first, (stop - 1) // self.block_rows + 1, dtype=np.int64)
         full = blocks[: num_full - first]  # all but the short one
         full[:] = permuted(full, num_full, key)
-        offset = int(_words(key, 1)[0] % np.uint64(self.num_rows))
+        offset = int(key_word(key)) % self.num_rows
         out = np.empty(stop - start, np.int64)
         in_blocks(blocks, self.block_rows, within, offset, self.num_rows, out)
         return out
@@ -192,6 +192,11 @@ def permuted(places: Places, num_rows: int, key: tuple[int, ...]) -> Places:
     words = _round_words(key)
     walked(np.ascontiguousarray(places), words, (num_rows - 1).bit_length(), num_rows, out)
     return out
+
+
+def key_word(key: tuple[int, ...]) -> np.uint64:
+    """Return 64 random bits that ``key`` names."""
+    return np.uint64(_words(key, 1)[0])
 
 
 @lru_cache(maxsize=256)

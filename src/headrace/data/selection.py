@@ -40,10 +40,11 @@ class Selection:
             return
         self._words = _packed(mask)
         ones = np.bitwise_count(self._words).reshape(-1, _WORDS).sum(axis=1, dtype=np.int64)
-        self._starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(ones)])
+        starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(ones)])
         guided = np.append(np.arange(0, self._len, GUIDE_ROWS), self._len - 1)
-        self._guide = np.searchsorted(self._starts, guided, side="right") - 1
+        self._guide = np.searchsorted(starts, guided, side="right") - 1
         self._span = int(np.diff(self._guide).max()) + 1
+        self._starts = np.concatenate([starts, np.full(self._span, self._len)])  # for the search
 
     @classmethod
     def from_mask(cls, mask: npt.NDArray[np.bool_]) -> Self:
@@ -109,6 +110,17 @@ class Selection:
         mask[self._numbers] = True
         return _packed(mask)
 
+    def mask(self, first: int, stop: int) -> npt.NDArray[np.bool_]:
+        """Return for each row from ``first`` to ``stop`` whether it is chosen."""
+        if self._words is None:
+            is_in = np.zeros(stop - first, bool)
+            low, high = np.searchsorted(self._numbers, [first, stop])
+            is_in[self._numbers[low:high] - first] = True
+            return is_in
+        skip = first % 64
+        part = self._words[first // 64 : -(-stop // 64)].view(np.uint8)
+        return np.unpackbits(part, count=skip + stop - first, bitorder="little")[skip:].view(bool)
+
     @cached_property
     def digest(self) -> str:
         """Digest of the chosen rows and of the number they are chosen from."""
@@ -120,7 +132,7 @@ class Selection:
     def _below(self, row: int) -> int:
         if self._words is None:
             return int(np.searchsorted(self._numbers, row))
-        block = min(row // _BLOCK, len(self._starts) - 1)
+        block = row // _BLOCK
         whole = np.bitwise_count(self._words[block * _WORDS : row // 64]).sum()
         rest = int(self._words[row // 64]) & ((1 << row % 64) - 1) if row % 64 else 0
         return int(self._starts[block]) + int(whole) + rest.bit_count()
