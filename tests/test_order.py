@@ -1,5 +1,6 @@
 """The order of rows is arithmetic: everything once, restartable, well mixed."""
 
+import hashlib
 from itertools import chain
 
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from headrace.data.order import KINDS, Cut, RowOrder, permuted
 
+unhurried = settings(deadline=None)  # the first call of a kernel compiles it
 ROWS = st.integers(0, 700)
 SIZES = st.lists(st.integers(0, 90), min_size=1, max_size=12).map(tuple)
 
@@ -72,6 +74,7 @@ def test_workers_in_turn_read_the_remaining_batches_in_order(num_batches, used, 
     assert in_turn == list(range(used, num_batches))
 
 
+@unhurried
 @given(
     kind=st.sampled_from(KINDS),
     sizes=SIZES,
@@ -88,6 +91,7 @@ def test_an_epoch_is_every_row_once(kind, sizes, seed, epoch, window_shards, blo
     assert np.array_equal(np.sort(rows), np.arange(order.num_rows))
 
 
+@unhurried
 @given(
     kind=st.sampled_from(KINDS),
     sizes=SIZES,
@@ -103,7 +107,64 @@ def test_any_part_of_the_order_is_that_part_of_the_whole(kind, sizes, cuts):
     assert np.array_equal(order.rows(1, start, stop), whole[start:stop])
 
 
-@settings(max_examples=25)
+@pytest.mark.parametrize(
+    ("num_rows", "rows"),
+    [
+        (16_385, [9946, 3161, 15019, 15375, 5269]),
+        (60_000_000, [8916229, 14318810, 56667254, 35353776, 58946058]),
+        (5_000_000_000, [368659032, 2867572711, 137710182, 281091716, 863672677]),
+    ],
+)
+def test_a_permutation_is_the_one_recorded(num_rows, rows):
+    """Recorded from the NumPy code before it was compiled: a saved position keeps its meaning."""
+    places = np.array([0, 1, 2, num_rows // 2, num_rows - 1])
+
+    assert permuted(places, num_rows, (7, 3, 0)).tolist() == rows
+
+
+@pytest.mark.parametrize(
+    ("kind", "digest"),
+    [
+        ("exact", "f11ea1de385fbb1d"),
+        ("window", "21ed79a8f95d60c5"),
+        ("block", "cf3d603b0e58cb65"),
+    ],
+)
+def test_an_order_is_the_one_recorded(kind, digest):
+    order = RowOrder(kind, (20_000, 0, 35_000, 17, 40_000, 20_000, 9), 5, 3, 64)
+
+    rows = order.rows(2, 0, order.num_rows).astype("<i8")
+
+    assert hashlib.sha256(rows.tobytes()).hexdigest()[:16] == digest
+
+
+def twin(places, num_rows, key):
+    """Return what ``permuted`` says, one row at a time in whole numbers without a width."""
+    bits = (num_rows - 1).bit_length()
+    words = np.random.SeedSequence(key).generate_state(10, np.uint64).tolist()
+    out = []
+    for place in places:
+        row = int(place)
+        while True:
+            for add, multiply in zip(words[::2], words[1::2], strict=True):
+                row = (row + add) * (multiply | 1) % 2**bits
+                row ^= row >> (bits + 1) // 2
+            if row < num_rows:
+                break
+        out.append(row)
+    return out
+
+
+@unhurried
+@given(num_rows=st.integers(2**14 + 1, 2**40), place=st.integers(0, 2**40), seed=st.integers(0, 9))
+def test_the_compiled_permutation_is_its_plain_twin(num_rows, place, seed):
+    """Also above 32 bits, and for more places than one chunk of the kernel."""
+    places = (place + np.arange(600)) % num_rows
+
+    assert permuted(places, num_rows, (seed, 1)).tolist() == twin(places, num_rows, (seed, 1))
+
+
+@settings(max_examples=25, deadline=None)
 @given(num_rows=st.integers(2**14 - 2, 2**17), epoch=st.integers(0, 5))
 def test_a_large_permutation_is_one(num_rows, epoch):
     """Above the size of stored tables the bijection is computed: still every row once."""

@@ -308,24 +308,26 @@ class Shards:
         if name not in names:
             raise SchemaError(f"the shards have no field {name!r}{nearest(name, names)}")
         field = self.schema.rows.field(name)
-        for column in self.schema.columns:
-            if column.name == name:
-                return self._read_column(column.file, field)
-        shape = (self.num_rows,) if field.width is None else (self.num_rows, field.width)
-        out = np.empty(shape, field.dtype)
+        if any(column.name == name for column in self.schema.columns):
+            parts = [self.column(name, shard) for shard in range(len(self.sizes))]
+            return np.concatenate([np.empty(_shape(field, 0), field.dtype), *parts])
+        out = np.empty(_shape(field, self.num_rows), field.dtype)
         for first in range(0, self.num_rows, _READ_ROWS):
             stop = min(self.num_rows, first + _READ_ROWS)
             out[first:stop] = self.schema.rows.split(self.slice(first, stop).packed)[name]
         return out
 
-    def _read_column(self, file: str, field: RowField) -> npt.NDArray[Any]:
-        parts = [np.empty(0, field.dtype)]
-        for shard, num_rows in enumerate(self.sizes):
-            mapped = self._mapped(shard, file, num_rows * field.num_bytes)
-            mapped.check_all()
-            parts.append(mapped.raw.view(field.dtype))
-        whole = np.concatenate(parts)
-        return whole if field.width is None else whole.reshape(self.num_rows, field.width)
+    def column(self, name: str, shard: int) -> npt.NDArray[Any]:
+        """Return a field that shards hold as a column of its own, mapped: targets, weight, fold.
+
+        Raises:
+            IntegrityError: if it is damaged.
+        """
+        file = next(column.file for column in self.schema.columns if column.name == name)
+        field, num_rows = self.schema.rows.field(name), self.sizes[shard]
+        mapped = self._mapped(shard, file, num_rows * field.num_bytes)
+        mapped.check_all()
+        return mapped.raw.view(field.dtype).reshape(_shape(field, num_rows))
 
     def _open(self) -> None:
         width = self.schema.rows.row_bytes
@@ -420,6 +422,10 @@ class _Mapped:
                 )
             self.is_checked[block] = True
             self.num_unchecked -= 1
+
+
+def _shape(field: RowField, num_rows: int) -> tuple[int, ...]:
+    return (num_rows,) if field.width is None else (num_rows, field.width)
 
 
 def _read_schema(folder: Path, files: dict[str, FileEntry]) -> ShardSchema:
