@@ -233,9 +233,15 @@ class Encoder:
 
     def transform_counted(self, rows: Rows) -> tuple[EncodedBatch, npt.NDArray[np.int64]]:
         """Encode rows and also count, per numeric input, the numbers that became NaN by it."""
+        packed_BR = self.layout.empty(rows.num_rows)
+        num_infinite = self.fill(rows, packed_BR)
+        return EncodedBatch(packed_BR, self.layout), num_infinite
+
+    def fill(self, rows: Rows, packed_BR: Packed) -> npt.NDArray[np.int64]:
+        """Encode rows into ``packed_BR``, which has ``layout``; see ``transform_counted``."""
         self._require_inputs(rows.schema)
         num_rows = rows.num_rows
-        batch = EncodedBatch(self.layout.empty(num_rows), self.layout)
+        batch = EncodedBatch(packed_BR, self.layout)
         batch.row_id[:] = _identity(rows, num_rows)
         batch.targets[:] = self._targets(rows, num_rows)
         batch.weight[:] = self._weight(rows, num_rows)
@@ -246,7 +252,7 @@ class Encoder:
             stop = start + part.num_rows
             num_infinite += self._fill(part, batch.numeric[start:stop], batch.codes[start:stop])
             start = stop
-        return batch, num_infinite
+        return num_infinite
 
     def save(self, folder: Path) -> None:
         """Write encoder.json, encoder.safetensors and contract.json into ``folder``."""

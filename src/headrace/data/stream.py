@@ -21,19 +21,21 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from headrace.data.encoder import EncodedBatch
+from headrace.data.encoder import EncodedBatch, Encoder
 from headrace.data.layout import Packed, RowLayout
 from headrace.data.order import KINDS, Cut, Kind, Position, RowOrder
-from headrace.data.shards import ShardSchema, open_shards
+from headrace.data.parquet import ParquetRows, open_parquet
+from headrace.data.sampling import Sampling, sampled
+from headrace.data.selection import Selection
+from headrace.data.shards import Shards, ShardSchema, open_shards
 from headrace.errors import ConfigError, HeadraceError, ResourceError
-from headrace.storage import digest_bytes
 
 _KEPT_BUFFERS = 4  # of a stream, for batches that nobody holds any more
 _DTYPES = {
@@ -115,6 +117,8 @@ class BatchStream(IterableDataset[Batch]):
         split: train, valid or test, of an encoded folder.
         batch_size: rows per batch on each rank.
         order: exact, window, block or sequential; see ``headrace.data.order``.
+        sampling: None for each row once, in ``order``; ``weighted`` for rows drawn by their weight,
+            ``balanced:TARGET`` for the classes of a target in turn: see ``headrace.data.sampling``.
         seed: of the order; it has no effect on ``sequential``.
         rows: which rows of the split, as a mask or as ascending positions; all if None.
         rank: this process among ``num_ranks`` that share every epoch.
@@ -136,6 +140,7 @@ class BatchStream(IterableDataset[Batch]):
         split: str = "train",
         batch_size: int,
         order: Kind = "exact",
+        sampling: str | None = None,
         seed: int = 0,
         rows: npt.ArrayLike | None = None,
         rank: int = 0,
@@ -150,9 +155,9 @@ class BatchStream(IterableDataset[Batch]):
         self.source: RowSource = source
         self.schema = source.schema
         self.rank = rank
-        self._rows = None if rows is None else _row_numbers(rows, source)
-        self._rows_digest = "all" if self._rows is None else digest_bytes(self._rows.tobytes())
-        sizes = source.sizes if self._rows is None else _sizes(self._rows, source)
+        self.sampling = sampling
+        self._rows = None if rows is None else _selection(rows, source)
+        sizes = source.sizes if self._rows is None else self._rows.counts(source.sizes)
         for name, value, least in (
             ("batch_size", batch_size, 1),
             ("seed", seed, 0),
@@ -173,8 +178,16 @@ class BatchStream(IterableDataset[Batch]):
                 f"a batch of {batch_size} rows on {num_ranks} ranks is larger than the set, which "
                 f"has {sum(sizes)} rows ({source.split} of {source.name}); set a smaller batch_size"
             )
-        self.order = RowOrder(order, sizes, seed, window_shards, block_rows)
-        self.cut = Cut(sum(sizes), batch_size, num_ranks)
+        if isinstance(source, ParquetRows) and (sampling or order not in ("window", "sequential")):
+            raise ConfigError(
+                f"{source.name} is encoded while it is streamed, which the order "
+                f"{sampling or order!r} would do again for each batch; use order='window', or "
+                f"encode the table once"
+            )
+        self._order = RowOrder(order, sizes, seed, window_shards, block_rows)
+        self._sampling = _sampling(sampling, source, seed, self._rows)
+        drawn = self._order if self._sampling is None else self._sampling
+        self.cut = Cut(drawn.num_rows, batch_size, num_ranks)
         # In shared memory, so that workers that outlive an epoch see where the next one starts.
         self._start = torch.zeros(2, dtype=torch.int64)
         self._start.share_memory_()  # type: ignore[no-untyped-call]
@@ -259,10 +272,16 @@ class BatchStream(IterableDataset[Batch]):
         """
         for batch in self.cut.share(position.batches, worker, num_workers):
             first, end = self.cut.bounds(batch, self.rank)
-            rows = self.order.rows(position.epoch, first, end)
             out_BR = self._buffers.take(end - first)
-            self.source.gather(rows if self._rows is None else self._rows[rows], out_BR)
+            self.source.gather(self.row_numbers(position.epoch, first, end), out_BR)
             yield out_BR
+
+    def row_numbers(self, epoch: int, first: int, end: int) -> npt.NDArray[np.int64]:
+        """Return which rows of the source stand at the places ``first`` to ``end`` of an epoch."""
+        if self._sampling is not None:
+            return self._sampling.rows(epoch, first, end)
+        rows = self._order.rows(epoch, first, end)
+        return rows if self._rows is None else self._rows.rows(rows)
 
     def packed_from_start(self, worker: int, num_workers: int) -> Iterator[torch.Tensor]:
         """Yield a worker process's batches from the position that was last set, packed."""
@@ -283,11 +302,12 @@ class BatchStream(IterableDataset[Batch]):
             "format": 1,
             "data": self.source.digest,
             "split": self.source.split,
-            "rows": self._rows_digest,
-            "order": self.order.kind,
-            "seed": self.order.seed,
-            "window_shards": self.order.window_shards,
-            "block_rows": self.order.block_rows,
+            "rows": "all" if self._rows is None else self._rows.digest,
+            "order": self._order.kind,
+            "sampling": self.sampling,
+            "seed": self._order.seed,
+            "window_shards": self._order.window_shards,
+            "block_rows": self._order.block_rows,
             "global_batch": self.cut.global_rows,
         }
 
@@ -402,9 +422,12 @@ class BatchLoader:
 
     def _pass(self) -> Iterator[Batch]:
         """Yield what the running workers have; any failure of theirs is a ``_WorkerError``."""
+        watch = _Watch(self._timeout_s, on_excess=self._kill)
         try:
             try:
-                yield from self.stream.counted(self.stream.unpacked(self._workers()))
+                with watch:
+                    packed = watch.timed(self._workers())
+                    yield from self.stream.counted(self.stream.unpacked(packed))
             except (ConnectionError, EOFError):
                 # Torch tells of the same death by a signal that raises wherever Python is: here,
                 # not while the error is being made.
@@ -414,10 +437,16 @@ class BatchLoader:
             self.close()
             raise
         except (RuntimeError, ConnectionError, EOFError) as error:
-            for process in getattr(getattr(self._processes, "_iterator", None), "_workers", ()):
-                process.kill()  # a process that hangs does not hear that it should end
+            self._kill()
             self.close()
-            raise _WorkerError(str(error), is_hung="timed out" in str(error)) from error
+            if watch.is_over:
+                message = f"no answer within {self._timeout_s:g} seconds"
+                raise _WorkerError(message, is_hung=True) from error
+            raise _WorkerError(str(error), is_hung=False) from error
+
+    def _kill(self) -> None:
+        for process in getattr(getattr(self._processes, "_iterator", None), "_workers", ()):
+            process.kill()  # a process that hangs does not hear that it should end
 
     def _workers(self) -> Iterator[torch.Tensor]:
         if self._processes is None:
@@ -427,7 +456,6 @@ class BatchLoader:
                 num_workers=self._num_workers,
                 multiprocessing_context="spawn",
                 persistent_workers=True,
-                timeout=self._timeout_s,
                 collate_fn=_as_it_is,
             )
         yield from self._processes
@@ -442,6 +470,51 @@ class _WorkerError(Exception):
     def __init__(self, message: str, *, is_hung: bool) -> None:
         super().__init__(message)
         self.is_hung = is_hung
+
+
+class _Watch:
+    """Calls back from a thread of its own when one item of an iterator takes too long.
+
+    PyTorch's own time-out ends waiting for a message, but a message can arrive in part, or with a
+    handle that only the worker can redeem; both wait for ever if the worker has stopped.
+    """
+
+    def __init__(self, timeout_s: float, *, on_excess: Callable[[], None]) -> None:
+        self.is_over = False
+        self._timeout_s = timeout_s
+        self._on_excess = on_excess
+        self._since: float | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="worker-watch", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def timed(self, items: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Hand on ``items``; only the waiting for each counts."""
+        while True:
+            self._since = time.monotonic()
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+            finally:
+                self._since = None
+            yield item
+            del item
+
+    def _run(self) -> None:
+        while not self._stop.wait(_POLL_S):
+            since = self._since
+            if since is not None and time.monotonic() - since > self._timeout_s:
+                self.is_over = True
+                self._on_excess()
+                return
 
 
 class _PackedStream(IterableDataset[torch.Tensor]):
@@ -520,20 +593,52 @@ _POLL_S = 0.1
 
 
 def stream(
-    folder: Path | str = "data/encode",
+    source: Path | str = "data/encode",
     *,
     batch_size: int,
     split: str = "train",
-    order: Kind = "exact",
+    order: Kind | None = None,
+    sampling: str | None = None,
     seed: int = 0,
     rows: npt.ArrayLike | None = None,
+    encoder: Encoder | Path | str | None = None,
+    threads: int = 1,
 ) -> BatchStream:
-    """Return the batches of an encoded folder, for any PyTorch loop; see ``BatchStream``.
+    """Return the batches of an encoded folder, or of Parquet files, for any PyTorch loop.
 
-    Each pass over it is the next epoch, in another order.
+    Each pass over it is the next epoch, in another order. See ``BatchStream`` for what is not said
+    here.
+
+    Args:
+        source: An encoded folder; or, with ``encoder``, a stage's table, a Parquet file, a folder
+            or a pattern, whose rows are encoded on the way, in every epoch again.
+        batch_size: Rows per batch.
+        split: train, valid or test, of an encoded folder or a stage's table.
+        order: None is ``exact`` for shards and ``window`` for Parquet.
+        sampling: None, ``weighted`` or ``balanced:TARGET``.
+        seed: Of the order.
+        rows: Which rows of the split; all if None.
+        encoder: For Parquet: fitted, or the folder it was saved in (``data/encode``).
+        threads: For Parquet: how many decode.
     """
+    if encoder is None:
+        return BatchStream(
+            source,
+            split=split,
+            batch_size=batch_size,
+            order=order or "exact",
+            sampling=sampling,
+            seed=seed,
+            rows=rows,
+        )
+    fitted = encoder if isinstance(encoder, Encoder) else Encoder.load(Path(encoder))
     return BatchStream(
-        folder, split=split, batch_size=batch_size, order=order, seed=seed, rows=rows
+        open_parquet(Path(source), split, fitted, threads=threads),
+        batch_size=batch_size,
+        order=order or "window",
+        sampling=sampling,
+        seed=seed,
+        rows=rows,
     )
 
 
@@ -595,22 +700,23 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _row_numbers(rows: npt.ArrayLike, source: RowSource) -> npt.NDArray[np.int64]:
+def _sampling(
+    sampling: str | None, source: RowSource, seed: int, rows: Selection | None
+) -> Sampling | None:
+    if sampling is None:
+        return None
+    if not isinstance(source, Shards):
+        raise ConfigError(f"sampling {sampling!r} needs an encoded folder; {source.name} is none")
+    return sampled(sampling, source, seed=seed, chosen=rows)
+
+
+def _selection(rows: npt.ArrayLike, source: RowSource) -> Selection:
     given = np.asarray(rows)
     where = f"`rows` of split {source.split!r} ({source.num_rows} rows)"
     if given.ndim != 1 or (given.dtype == bool and len(given) != source.num_rows):
         raise ConfigError(f"{where} has shape {given.shape}; a mask has one entry per row")
     if given.dtype != bool and not np.issubdtype(given.dtype, np.integer) and len(given):
         raise ConfigError(f"{where} is {given.dtype}; give a mask or row numbers")
-    numbers = np.flatnonzero(given) if given.dtype == bool else given.astype(np.int64)
-    if len(numbers) and (
-        numbers[0] < 0 or numbers[-1] >= source.num_rows or (np.diff(numbers) <= 0).any()
-    ):
-        raise ConfigError(f"{where} must be ascending row numbers of the split, each once")
-    return np.ascontiguousarray(numbers, np.int64)
-
-
-def _sizes(rows: npt.NDArray[np.int64], source: RowSource) -> tuple[int, ...]:
-    ends = np.cumsum(source.sizes)
-    counts = np.diff(np.searchsorted(rows, ends, side="left"), prepend=0)
-    return tuple(counts.tolist())
+    if given.dtype == bool:
+        return Selection.from_mask(given)
+    return Selection.from_rows(given.astype(np.int64), source.num_rows)

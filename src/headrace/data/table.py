@@ -24,7 +24,8 @@ class Span:
 
     path: Path
     metadata: Any  # of the file, parsed once
-    texts: frozenset[str]  # names of its text columns
+    columns: frozenset[str]  # names of its columns
+    texts: frozenset[str]  # those of text
     row_groups: tuple[int, ...]
     num_rows: int
 
@@ -53,11 +54,13 @@ class Span:
 def file_spans(path: Path, *, span_rows: int) -> list[Span]:
     """Cut a Parquet file into spans of at least ``span_rows`` rows; the last may be shorter."""
     metadata = pq.read_metadata(path, memory_map=True)
+    schema = metadata.schema.to_arrow_schema()
     texts = frozenset(
         field.name
-        for field in metadata.schema.to_arrow_schema()
+        for field in schema
         if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)
     )
+    columns = frozenset(schema.names)
     spans: list[Span] = []
     groups: list[int] = []
     num_rows = 0
@@ -65,7 +68,7 @@ def file_spans(path: Path, *, span_rows: int) -> list[Span]:
         groups.append(group)
         num_rows += metadata.row_group(group).num_rows
         if num_rows >= span_rows or group == metadata.num_row_groups - 1:
-            spans.append(Span(path, metadata, texts, tuple(groups), num_rows))
+            spans.append(Span(path, metadata, columns, texts, tuple(groups), num_rows))
             groups, num_rows = [], 0
     return spans
 
