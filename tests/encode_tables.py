@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -116,7 +117,7 @@ def changed(rows: EncodedBatch, **arrays: np.ndarray) -> EncodedBatch:
 
 
 def encode_example(
-    folder: Path, *, num_train: int = 500, shard_bytes: int = 4000, **params: int
+    folder: Path, *, num_train: int = 500, shard_bytes: int = 4000, **params: Any
 ) -> tuple[Path, Encoded, MemoryRecorder]:
     """Write an example table below ``folder`` and encode it; return the encoded folder."""
     splits = {"train": num_train, "valid": 60, "test": 40, "gap": 20}

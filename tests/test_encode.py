@@ -69,6 +69,63 @@ def test_two_runs_are_equal_byte_for_byte(tmp_path):
     assert (first / "train" / "shard-00000" / "rows.bin").is_file()
 
 
+def test_the_same_bytes_come_from_any_number_of_threads(tmp_path):
+    """Many spans of row groups in three threads: statistics, codes and rows keep their bits."""
+    write_table(tmp_path / "reduce", {"train": example_columns(30_000)}, row_group_rows=1000)
+    contents = []
+    for threads in (1, 2, 3):
+        out = tmp_path / f"encode-{threads}"
+        encode(
+            tmp_path / "reduce",
+            out,
+            EncodeParams(shard_bytes=1 << 18),
+            resources=Resources(threads=threads),
+            recorder=MemoryRecorder(),
+        )
+        contents.append(content(out))
+
+    assert contents[0] == contents[1] == contents[2]
+
+
+def test_numbers_may_be_stored_as_float16_with_their_largest_error(tmp_path):
+    """The certificate is the worst distance found by comparing every number again."""
+    full, _, _ = encode_example(tmp_path / "full")
+    half, _, _ = encode_example(tmp_path / "half", numeric="float16")
+    schema = open_shards(half, "train").schema
+    worst = np.zeros(3)
+    for split in ("train", "valid", "test"):
+        a = open_shards(full, split)
+        b = open_shards(half, split)
+        stored, exact = b.slice(0, b.num_rows), a.slice(0, a.num_rows)
+        assert stored.numeric.dtype == np.float32
+        assert np.array_equal(np.isnan(stored.numeric), np.isnan(exact.numeric))
+        assert np.array_equal(stored.codes, exact.codes)
+        worst = np.fmax(worst, np.nanmax(np.abs(stored.numeric - exact.numeric), axis=0))
+
+    assert [error.name for error in schema.float16_errors] == ["distance", "seats", "is_weekend"]
+    assert [error.worst for error in schema.float16_errors] == worst.tolist()
+    assert 0 < worst[0] < 2e-3
+    assert schema.rows.row_bytes < open_shards(full, "train").schema.rows.row_bytes
+    assert open_shards(full, "train").schema.float16_errors == ()
+
+
+def test_a_number_beyond_float16_is_refused(tmp_path):
+    columns = {"x": pa.array([0.0] * 99_998 + [1.0, 1e9]), "y": pa.array(np.arange(1e5))}
+    targets = (Target(name="y", task="regression"),)
+    splits = {"train": {n: v.slice(0, 99_999) for n, v in columns.items()}, "valid": columns}
+    write_table(tmp_path / "reduce", splits, roles={"x": "numeric", "y": "target"}, targets=targets)
+
+    with pytest.raises(DataError, match=r"x is 3\.\d+e\+11 standard deviations .* float16 cannot"):
+        encode(
+            tmp_path / "reduce",
+            tmp_path / "encode",
+            EncodeParams(numeric="float16"),
+            resources=Resources(),
+            recorder=MemoryRecorder(),
+        )
+    assert not (tmp_path / "encode").exists()
+
+
 def test_the_size_of_shards_is_a_parameter(tmp_path):
     """Bytes of a shard stay at the limit or below; the rows are the same."""
     folder, encoded, _ = encode_example(tmp_path / "a", shard_bytes=1000)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -188,3 +189,18 @@ def test_a_folder_that_is_not_whole_is_refused(folder, tmp_path):
         open_shards(folder, "train")
     with pytest.raises(IntegrityError, match="does not exist; run `headrace repro`"):
         open_shards(tmp_path / "nowhere", "train")
+
+
+def test_the_documented_way_reads_the_rows(pristine, monkeypatch):
+    """The Python of docs/shards.md, as it stands there, needs no headrace."""
+    text = (Path(__file__).parents[1] / "docs" / "shards.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    (pristine.parent / "data").mkdir()
+    (pristine.parent / "data" / "encode").symlink_to(pristine)
+    monkeypatch.chdir(pristine.parent)
+    names = {}
+    exec(code, names)
+    rows = open_shards(pristine, "train").slice(0, len(names["shard"]))
+
+    for name in ("row_id", "numeric", "codes", "targets", "weight", "fold"):
+        assert np.array_equal(names["shard"][name], getattr(rows, name), equal_nan=name != "codes")
