@@ -29,7 +29,7 @@ _BATCH_ROWS = 65_536
 _KEPT = (ROW_ID, FOLD)  # every reader knows their types
 # From so many rows per distinct value on, Parquet stores a number as a code of a dictionary as
 # well. That takes two thirds of the bytes at most, decoded at 60 % of the speed of plain float32;
-# values that repeat less are no smaller as codes, so they are stored plain.
+# below that a float32 saves little or nothing as a code, so it is stored plain.
 _WORTH_CODES = 4
 _ONE_PAGE = {"data_page_size": 1 << 30, "max_rows_per_page": 1 << 30}
 
