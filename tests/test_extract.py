@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -62,6 +63,12 @@ def test_the_table_has_the_layout_that_later_stages_read(case):
     assert ids == sorted(ids)
     group = pq.read_metadata(case.out / "train" / "part-00000.parquet").row_group(0)
     assert group.column(0).compression == "LZ4"
+    path = str(case.out / "train" / "part-00000.parquet")
+    with duckdb.connect() as connection:
+        filters = connection.execute(
+            "SELECT bloom_filter_offset FROM parquet_metadata(?)", [path]
+        ).fetchall()
+    assert set(filters) == {(None,)}, "no reader of this table looks rows up by value"
     assert result.num_rows == {k: table.num_rows(k) for k in ("train", "valid", "test", "gap")}
     assert case.report()["split_digest"] == result.split_digest
     assert str(result).startswith("train ")

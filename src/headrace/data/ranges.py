@@ -19,6 +19,7 @@ Number: TypeAlias = int | float | Decimal
 NarrowFloat: TypeAlias = Literal["float16", "float32"]
 
 BLOCK_ROWS = 65_536  # a block of float64 stays in the second-level cache between two looks at it
+COUNTED_ROWS = 65_536  # however they come in batches and files
 _MAX_CATEGORY_BYTES = 32 << 20
 
 
@@ -43,7 +44,7 @@ class ColumnRange:
     text_bytes: int = 0
     num_items: int = 0  # of all lists
     other_bytes: int = 0  # of types whose size only Arrow knows
-    rows_per_value: float = 1.0  # rows over distinct values in the first batch
+    rows_per_value: float = 1.0  # rows over distinct values, among the first COUNTED_ROWS rows
 
     @property
     def num_values(self) -> int:
@@ -55,10 +56,13 @@ class ColumnRange:
         """Whether an infinity was seen."""
         return any(isinstance(x, float) and np.isinf(x) for x in (self.low, self.high))
 
+    def num_missing(self, dtype: pa.DataType) -> int:
+        """Return the nulls that the column has as ``dtype``: a NaN is one among integers."""
+        return self.num_nulls + (self.num_nans if pa.types.is_integer(dtype) else 0)
+
     def bytes_as(self, dtype: pa.DataType) -> int:
         """Return the bytes all values take in memory as ``dtype``, texts and nulls included."""
-        num_missing = self.num_nulls + (self.num_nans if pa.types.is_integer(dtype) else 0)
-        validity = -(-self.num_rows // 8) if num_missing else 0
+        validity = -(-self.num_rows // 8) if self.num_missing(dtype) else 0
         if pa.types.is_dictionary(dtype):
             texts = self.categories.nbytes if self.categories is not None else self.text_bytes
             return validity + self.num_rows * int(dtype.index_type.bit_width) // 8 + int(texts)
@@ -107,12 +111,13 @@ class ColumnScan:
         self._is_whole = self._is_float32 = True
         self._errors: dict[NarrowFloat, float] = dict.fromkeys(measure, 0.0)
         self._texts: pa.Array | None = pa.array([], pa.string()) if max_categories else None
+        self._first_values: pa.Array | None = None  # distinct, until COUNTED_ROWS were seen
         self._rows_per_value = 1.0
 
     def add(self, array: pa.Array) -> None:
         """Take the next batch of the column."""
-        if not self._num_rows and pa.types.is_primitive(array.type):
-            self._rows_per_value = len(array) / max(1, len(array.unique()))
+        if self._num_rows < COUNTED_ROWS and pa.types.is_primitive(array.type):
+            self._count_values(array[: COUNTED_ROWS - self._num_rows])
         self._num_rows += len(array)
         self._num_nulls += array.null_count
         kind = array.type
@@ -163,6 +168,14 @@ class ColumnScan:
             other_bytes=self._other_bytes,
             rows_per_value=self._rows_per_value,
         )
+
+    def _count_values(self, array: pa.Array) -> None:
+        values = array.unique()
+        if self._first_values is not None:
+            values = pa.concat_arrays([self._first_values, values]).unique()
+        num_rows = self._num_rows + len(array)
+        self._rows_per_value = num_rows / max(1, len(values))
+        self._first_values = values if num_rows < COUNTED_ROWS else None
 
     def _widen(self, low: Number | None, high: Number | None) -> None:
         if low is None or high is None:
