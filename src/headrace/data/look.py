@@ -132,17 +132,17 @@ def look_at(batch: "EncodedBatch | Batch", encoder: Encoder, *, num_rows: int) -
     Raises:
         SchemaError: if the batch is of another encoder.
     """
-    rows = _as_arrays(batch)
-    decoded = decode(rows, encoder)
+    decoded = decode(batch, encoder)
+    codes_BC = np.asarray(batch.codes)
     columns = [
         _number(scale.name, "number", decoded, step=scale.std * _FLOAT32_STEP)
         for scale in encoder.scales
     ]
-    columns += [_category(encoder, j, rows.codes[:, j]) for j in range(len(encoder.categories))]
+    columns += [_category(encoder, j, codes_BC[:, j]) for j in range(len(encoder.categories))]
     columns += [_target(target, decoded) for target in encoder.targets]
     if encoder.contract.weight:
         columns.append(_number(encoder.contract.weight, "weight", decoded, step=0.0))
-    return Look(len(rows), tuple(columns), decoded.slice(0, num_rows))
+    return Look(len(batch), tuple(columns), decoded.slice(0, num_rows))
 
 
 def decode(batch: "EncodedBatch | Batch", encoder: Encoder) -> pa.Table:
@@ -150,32 +150,33 @@ def decode(batch: "EncodedBatch | Batch", encoder: Encoder) -> pa.Table:
 
     Columns: ``row_id``, ``fold`` (null outside train), numbers (double), categories (text, with
     ``<unknown>`` for a label that the fit did not keep), targets (double, or the text of the
-    class) and the weight, if the contract has one. Missing is null. Numbers are as exact as
-    float32 holds them: to 1e-7 of their distance from the mean.
+    class) and the weight, if the contract has one. Missing is null. Numbers are as exact as they
+    are stored: as float32, to 1e-7 of their distance from the mean.
 
     Raises:
         SchemaError: if the batch is of another encoder.
     """
-    rows = _as_arrays(batch)
-    _refuse_foreign(rows, encoder)
+    _refuse_foreign(batch, encoder)
+    # np.asarray: of an array itself, of a tensor on the CPU its memory.
+    numeric_BN, codes_BC = np.asarray(batch.numeric), np.asarray(batch.codes)
+    targets_BT, fold_B = np.asarray(batch.targets), np.asarray(batch.fold)
     columns: dict[str, pa.Array] = {
-        ROW_ID: pa.array(rows.row_id),
-        FOLD: pa.array(rows.fold, mask=rows.fold < 0),
+        ROW_ID: pa.array(np.asarray(batch.row_id)),
+        FOLD: pa.array(fold_B, mask=fold_B < 0),
     }
     for j, scale in enumerate(encoder.scales):
-        x_B = rows.numeric[:, j].astype(np.float64) * scale.std + scale.mean
+        x_B = numeric_BN[:, j].astype(np.float64) * scale.std + scale.mean
         columns[scale.name] = pa.array(x_B, from_pandas=True)
     for j, category in enumerate(encoder.categories):
         texts = pa.array([UNKNOWN_TEXT, None, *category.labels], pa.string())
-        columns[category.name] = texts.take(pa.array(rows.codes[:, j].astype(np.int64)))
+        columns[category.name] = texts.take(pa.array(codes_BC[:, j].astype(np.int64)))
     for j, target in enumerate(encoder.targets):
-        y_B = np.ascontiguousarray(rows.targets[:, j], np.float64)
-        values = pa.array(y_B, from_pandas=True)
+        values = pa.array(targets_BT[:, j].astype(np.float64), from_pandas=True)
         if target.task != "regression":
             values = pa.array(target.labels, pa.string()).take(values.cast(pa.int64()))
         columns[target.name] = values
     if encoder.contract.weight:
-        weight_B = rows.weight.astype(np.float64)
+        weight_B = np.asarray(batch.weight).astype(np.float64)
         columns[encoder.contract.weight] = pa.array(weight_B, from_pandas=True)
     return pa.table(columns)
 
@@ -193,26 +194,12 @@ def number_text(value: float, step: float = 0.0) -> str:
     return f"{value:.7g}"
 
 
-def _as_arrays(batch: "EncodedBatch | Batch") -> EncodedBatch:
-    if isinstance(batch, EncodedBatch):
-        return batch
-    return EncodedBatch(
-        row_id=np.asarray(batch.row_id),
-        numeric=np.asarray(batch.numeric),
-        codes=np.asarray(batch.codes),
-        targets=np.asarray(batch.targets),
-        weight=np.asarray(batch.weight),
-        fold=np.asarray(batch.fold),
-    )
-
-
-def _refuse_foreign(rows: EncodedBatch, encoder: Encoder) -> None:
-    found = (rows.numeric.shape[1], rows.codes.shape[1], rows.targets.shape[1])
+def _refuse_foreign(batch: "EncodedBatch | Batch", encoder: Encoder) -> None:
+    codes_BC = np.asarray(batch.codes)
+    found = (batch.numeric.shape[1], codes_BC.shape[1], batch.targets.shape[1])
     expected = (len(encoder.scales), len(encoder.categories), len(encoder.targets))
-    if (
-        found != expected
-        or (rows.codes.max(axis=0, initial=0) >= np.array(encoder.cardinalities, np.int64)).any()
-    ):
+    cardinalities = np.array(encoder.cardinalities, np.int64)
+    if found != expected or (codes_BC.max(axis=0, initial=0) >= cardinalities).any():
         raise SchemaError(
             f"the batch has {found[0]} numbers, {found[1]} categories and {found[2]} targets, or "
             f"codes without a label; the encoder was fitted on {expected[0]}, {expected[1]} and "
