@@ -256,8 +256,7 @@ def fit_multihead(
     learn = np.isin(fold, views.learn_folds)
     for name in (ENCODER, QUANTILES, CONTRACT):
         verify_file(views.encoded, name)
-    encoder = Encoder.load(views.encoded)
-    inputs = _inputs(encoder, embedding_size)
+    inputs = _inputs(Encoder.load(views.encoded), embedding_size)
     scales = target_scales(shards, targets, learn)
     config = _Config(
         inputs=inputs, trunk=trunk, targets=targets, scales=scales, threads=training.threads
@@ -277,9 +276,11 @@ def fit_multihead(
             factors={target.name: target_weights.get(target.name, 1.0) for target in targets},
             device=device,
             num_workers=resources.workers,
-            on_first=lambda batch: _record_batch(recorder, batch, encoder, checkpoints),
         )
         _record(recorder, learner, device)
+        learner.on_first = lambda batch: _record_batch(
+            recorder, batch, views.encoded, checkpoints
+        )
         outcome = train_network(
             learner,
             training,
@@ -349,7 +350,6 @@ class _Learner:
         factors: Mapping[str, float],
         device: torch.device,
         num_workers: int,
-        on_first: Callable[[Batch], None],
     ) -> None:
         digest = views.contract.digest
         self.network: nn.Module = network
@@ -372,7 +372,7 @@ class _Learner:
         self._scales = config.scales
         self._factors = factors
         self._device = device
-        self._on_first = on_first
+        self.on_first: Callable[[Batch], None] | None = None  # hears the first batch of a run
         self.batch_rows = batch_rows
         self.num_rows = self._stream.num_rows
         self.num_held_back = self._held_back.num_rows
@@ -416,8 +416,8 @@ class _Learner:
 
     def _with_look(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         for place, batch in enumerate(batches):
-            if place == 0:
-                self._on_first(batch)
+            if place == 0 and self.on_first is not None:
+                self.on_first(batch)
             yield batch
 
 
@@ -520,9 +520,9 @@ def _record(recorder: Recorder, learner: _Learner, device: torch.device) -> None
     )
 
 
-def _record_batch(recorder: Recorder, batch: Batch, encoder: Encoder, folder: Path) -> None:
+def _record_batch(recorder: Recorder, batch: Batch, encoded: Path, folder: Path) -> None:
     """Record once per run what the network is fed, in the words and units of the table."""
-    look = look_at(batch.to("cpu"), encoder, num_rows=_SHOWN_ROWS)
+    look = look_at(batch.to("cpu"), Encoder.load(encoded), num_rows=_SHOWN_ROWS)
     write_file(folder / _FIRST_BATCH, look.text())
     recorder.file(folder / _FIRST_BATCH, folder="data")
 
