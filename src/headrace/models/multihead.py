@@ -248,35 +248,19 @@ def fit_multihead(
     recorder: Recorder,
 ) -> MultiHeadModel:
     """Train a network on the learn folds of ``views``; see ``headrace.models.nn.fit``."""
-    targets = views.contract.targets
-    _refuse_unknown_targets(targets, target_weights, stop_on)
     device = pick_device(training.device)
-    shards = open_shards(views.encoded, "train", contract_digest=views.contract.digest)
-    fold = shards.read("fold")
-    learn = np.isin(fold, views.learn_folds)
-    for name in (ENCODER, QUANTILES, CONTRACT):
-        verify_file(views.encoded, name)
-    inputs = _inputs(Encoder.load(views.encoded), embedding_size)
-    scales = target_scales(shards, targets, learn)
-    config = _Config(
-        inputs=inputs, trunk=trunk, targets=targets, scales=scales, threads=training.threads
-    )
     with torch_threads(training.threads):
-        with RandomStream(training.seed, _INIT, device=device).lent():
-            network = MultiHead(inputs, trunk, [target.num_outputs for target in targets])
-        network.to(device)
-        learner = _Learner(
-            network,
-            config,
+        learner = open_multihead(
             views,
-            learn=learn,
-            stop=fold == views.stop_fold,
-            batch_rows=training.batch_rows or batch_rows_for(int(learn.sum())),
-            seed=training.seed,
-            factors={target.name: target_weights.get(target.name, 1.0) for target in targets},
+            training,
+            trunk=trunk,
+            embedding_size=embedding_size,
+            target_weights=target_weights,
+            stop_on=stop_on,
             device=device,
             num_workers=resources.workers,
         )
+        config = learner.config
         _record(recorder, learner, device)
         learner.on_first = lambda batch: _record_batch(
             recorder, batch, views.encoded, checkpoints
@@ -293,7 +277,49 @@ def fit_multihead(
             ),
             recorder=recorder,
         )
+    network = cast(MultiHead, learner.network)
     return MultiHeadModel(network, config, device=device, summary=_summary(outcome))
+
+
+def open_multihead(
+    views: TrainViews,
+    training: TrainingParams,
+    *,
+    trunk: Trunk,
+    embedding_size: int,
+    target_weights: Mapping[str, float],
+    stop_on: str,
+    device: torch.device,
+    num_workers: int,
+) -> "MultiHeadLearner":
+    """Return what ``fit_multihead`` trains, before its first step: network, batches, losses."""
+    targets = views.contract.targets
+    _refuse_unknown_targets(targets, target_weights, stop_on)
+    shards = open_shards(views.encoded, "train", contract_digest=views.contract.digest)
+    fold = shards.read("fold")
+    learn = np.isin(fold, views.learn_folds)
+    for name in (ENCODER, QUANTILES, CONTRACT):
+        verify_file(views.encoded, name)
+    inputs = _inputs(Encoder.load(views.encoded), embedding_size)
+    scales = target_scales(shards, targets, learn)
+    config = _Config(
+        inputs=inputs, trunk=trunk, targets=targets, scales=scales, threads=training.threads
+    )
+    with RandomStream(training.seed, _INIT, device=device).lent():
+        network = MultiHead(inputs, trunk, [target.num_outputs for target in targets])
+    network.to(device)
+    return MultiHeadLearner(
+        network,
+        config,
+        views,
+        learn=learn,
+        stop=fold == views.stop_fold,
+        batch_rows=training.batch_rows or batch_rows_for(int(learn.sum())),
+        seed=training.seed,
+        factors={target.name: target_weights.get(target.name, 1.0) for target in targets},
+        device=device,
+        num_workers=num_workers,
+    )
 
 
 def load_multihead(folder: Path, description: Mapping[str, Any]) -> MultiHeadModel:
@@ -334,7 +360,7 @@ def target_scales(
     return tuple(scales)
 
 
-class _Learner:
+class MultiHeadLearner:
     """The network with its batches and losses, as the training loop asks for them."""
 
     def __init__(
@@ -353,6 +379,7 @@ class _Learner:
     ) -> None:
         digest = views.contract.digest
         self.network: nn.Module = network
+        self.config = config
         self._stream = BatchStream(
             views.encoded,
             batch_size=batch_rows,
@@ -385,6 +412,10 @@ class _Learner:
         self._stream.set_position(epoch, used)
         is_start = (epoch, used) == (0, 0)  # a resumed run begins elsewhere
         return self._with_look(self._loader) if is_start else self._loader
+
+    def close(self) -> None:
+        """End the processes that read, if there are any."""
+        self._loader.close()
 
     def losses(self, batch: Batch) -> Losses:
         """Run the network on ``batch``."""
@@ -508,7 +539,7 @@ def _signature(
     )
 
 
-def _record(recorder: Recorder, learner: _Learner, device: torch.device) -> None:
+def _record(recorder: Recorder, learner: MultiHeadLearner, device: torch.device) -> None:
     recorder.params(
         {
             "device": device.type,
