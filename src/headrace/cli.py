@@ -254,6 +254,28 @@ def batch(
 
 
 @app.command()
+def bench(
+    seconds: Annotated[float, typer.Option("--seconds", help="For each rate, about.")] = 3.0,
+    file: Annotated[
+        Path | None, typer.Option("--json", help="Write the rates to this file too.")
+    ] = None,
+) -> None:
+    """Measure how fast this project's rows are decoded, encoded, read and learnt from."""
+    from headrace.commands.bench import bench as run_bench
+    from headrace.commands.bench import print_bench
+
+    file = file.resolve() if file else None
+    console = _console()
+    with console.status("opening") as waiting:
+        found = run_bench(_project(), seconds=seconds, tell=waiting.update)
+    print_bench(found, console)
+    if file:
+        from headrace.storage import write_json
+
+        write_json(file, found.to_json())
+
+
+@app.command()
 def schedule(
     cron: Annotated[str, typer.Option("--cron", help='When, such as "0 3 * * *".')],
     timezone: Annotated[

@@ -262,9 +262,7 @@ def fit_multihead(
         )
         config = learner.config
         _record(recorder, learner, device)
-        learner.on_first = lambda batch: _record_batch(
-            recorder, batch, views.encoded, checkpoints
-        )
+        learner.on_first = lambda batch: _record_batch(recorder, batch, views.encoded, checkpoints)
         outcome = train_network(
             learner,
             training,
