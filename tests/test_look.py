@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from headrace.commands.batch import show_batch
 from headrace.data.encoder import fit_encoder
 from headrace.data.look import MISSING_TEXT, UNKNOWN_TEXT, decode, look_at, number_text
-from headrace.data.stream import to_tensors
+from headrace.data.shards import open_shards
+from headrace.data.stream import BatchStream, to_tensors
 from headrace.errors import ConfigError, IntegrityError, SchemaError
 from headrace.models.nn import NnParams, fit
 from headrace.project import Project
@@ -239,9 +240,12 @@ class Halt(Exception):
 
 
 class HaltingRecorder(MemoryRecorder):
+    """Ends the training in its second batch."""
+
     def progress(self, done, total, *, unit, detail=""):
         super().progress(done, total, unit=unit, detail=detail)
-        raise Halt
+        if detail.startswith("batch 2/"):
+            raise Halt
 
 
 def test_training_records_its_first_batch_once(tmp_path):
@@ -250,38 +254,31 @@ def test_training_records_its_first_batch_once(tmp_path):
     params = NnParams(
         device="cpu", hidden_sizes=(4,), batch_rows=32, max_epochs=2, checkpoint_minutes=0.0
     )
-    fresh, resumed = HaltingRecorder(), MemoryRecorder()
-    with pytest.raises(Halt):
+
+    def run(recorder):
+        folder = tmp_path / "checkpoints"
         fit(
             views,
             params,
-            checkpoints=tmp_path / "checkpoints",
+            checkpoints=folder,
             resources=train_case.RESOURCES,
-            recorder=fresh,
+            recorder=recorder,
         )
-    told = [(path.name, folder) for path, folder in fresh.files]
-    text = fresh.files[0][0].read_text()
-    assert told == [("first_batch.txt", "data")]
-    assert ["late", "binary"] in [line.split()[:2] for line in text.splitlines()]
-    assert text.count("row_id") == 1
-    undisturbed = MemoryRecorder()
-    fit(
-        views,
-        params,
-        checkpoints=tmp_path / "others",
-        resources=train_case.RESOURCES,
-        recorder=undisturbed,
-    )
-    assert len(undisturbed.files) == 1
-    assert undisturbed.files[0][0].read_text() == text
-    fit(
-        views,
-        params,
-        checkpoints=tmp_path / "others",
-        resources=train_case.RESOURCES,
-        recorder=resumed,
-    )
-    assert resumed.notes
+
+    fresh, resumed = HaltingRecorder(), MemoryRecorder()
+    with pytest.raises(Halt):
+        run(fresh)
+    run(resumed)
+    (path, folder), *more = fresh.files
+    lines = [line.split() for line in path.read_text().splitlines()]
+    learn = open_shards(views.encoded, "train").read("fold") != views.stop_fold
+    first = next(iter(BatchStream(views.encoded, batch_size=32, rows=learn)))
+    shown = next(line for line in lines if line[:1] == ["row_id"])[1:]
+
+    assert (path.name, folder, more) == ("first_batch.txt", "data", [])
+    assert ["late", "binary"] in [line[:2] for line in lines]
+    assert shown == [str(i) for i in first.row_id[: len(shown)].tolist()]
+    assert resumed.notes[0].startswith("Resumed in epoch 1 after 1 batches")
     assert resumed.files == []
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -90,14 +91,25 @@ def test_warming_up_goes_on_until_every_row_was_touched(clock):
     log, seen = [], []
 
     def steps():
-        for _ in itertools.repeat(None):
-            clock.now += 100.0
+        while True:
+            clock.now += 1.0
             seen.append(10)
             yield 10
 
     measure([Task("t", 1.0, steps, (), warm_rows=95)], seconds=1, rounds=1, tell=log.append)
     assert len(seen) == 10 + 1
     assert log == ["warming up: t", "round 1 of 1"]
+
+
+def test_warming_up_ends_in_time_and_may_be_other_work(clock):
+    log = []
+    work = clock.task("work", rows=1, seconds=1.0, log=log)
+    other = clock.task("warm", rows=1, seconds=4.0, log=log)
+    task = replace(work, warm_rows=100, warm=other.steps)
+    measure([task], seconds=1, rounds=1, tell=lambda _: None)
+
+    assert log == ["warm", "work"]
+    assert clock.now == 12 + 1  # not the 400 seconds of a hundred rows
 
 
 @pytest.fixture(scope="module")

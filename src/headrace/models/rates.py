@@ -25,11 +25,16 @@ def training_tasks(
     learner = open_learner(views, params, resources=resources.model_copy(update={"workers": 0}))
     device = next(learner.network.parameters()).device
     row_bytes = encoder.layout.row_bytes
+    update = training_update(learner, params)
+    stream = RandomStream(params.seed, device=device)
+    learner.network.train()
+
+    def read() -> Steps:
+        """An epoch touches, and so verifies, every block of the shards, which takes long once."""
+        for batch in learner.batches(0, used=0):
+            yield len(batch)
 
     def train() -> Steps:
-        update = training_update(learner, params)
-        stream = RandomStream(params.seed, device=device)
-        learner.network.train()
         epoch = 0
         while True:
             for batch in learner.batches(epoch, used=0):
@@ -54,7 +59,14 @@ def training_tasks(
 
     return (
         Task(_PRODUCTS, row_bytes, multiply),
-        Task("train nn", row_bytes, train, (_PRODUCTS, epoch_name("exact"))),
+        Task(
+            "train nn",
+            row_bytes,
+            train,
+            (_PRODUCTS, epoch_name("exact")),
+            warm_rows=learner.num_rows,
+            warm=read,
+        ),
     )
 
 
