@@ -229,6 +229,13 @@ def test_what_is_not_there_is_one_message(project, monkeypatch, change, kind, to
         show_batch(project, **{**ASKED, **change})
 
 
+def test_a_split_smaller_than_the_default_batch_is_one_batch(project, monkeypatch):
+    monkeypatch.chdir(project.root)
+    shown = show_batch(project, **{**ASKED, "split": "test", "batch_size": None})
+
+    assert (shown.num_batches, shown.look.num_rows, shown.look.rows.num_rows) == (1, 40, 3)
+
+
 def test_before_encode_the_way_there_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(IntegrityError, match="data/encode does not exist; run `headrace repro`"):

@@ -221,7 +221,10 @@ def batch(
     rows: Annotated[int, typer.Option("--rows", help="First rows to show.")] = 8,
     number: Annotated[int, typer.Option("--batch", help="Which batch, from 0.")] = 0,
     epoch: Annotated[int, typer.Option("--epoch", help="Of which epoch, from 0.")] = 0,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Rows of a batch.")] = 4096,
+    batch_size: Annotated[
+        int | None,
+        typer.Option("--batch-size", help="Rows of a batch; default: 4096, at most all."),
+    ] = None,
     order: Annotated[
         str, typer.Option("--order", help="exact, window, block or sequential.")
     ] = "exact",

@@ -7,11 +7,14 @@ from typing import Any
 from headrace.data.encoder import ENCODER, QUANTILES, Encoder
 from headrace.data.look import Look, look_at
 from headrace.data.order import Kind
+from headrace.data.shards import open_shards
 from headrace.data.stream import BatchStream
 from headrace.errors import ConfigError
 from headrace.project import Project
 from headrace.schema import CONTRACT
 from headrace.storage import verify_file
+
+_BATCH_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,12 @@ def show_batch(
     seed: int,
     epoch: int,
     batch: int,
-    batch_size: int,
+    batch_size: int | None,
     num_rows: int,
 ) -> ShownBatch:
     """Read and decode batch ``batch`` of ``epoch``, with its first ``num_rows`` rows.
+
+    Without a ``batch_size`` it is 4096, or the whole split if that has fewer rows.
 
     Raises:
         ConfigError: if a setting is out of range, or the epoch has no such batch.
@@ -69,6 +74,8 @@ def show_batch(
         SchemaError: if there is no such split.
     """
     folder = project.data("encode").relative_to(Path.cwd())
+    if batch_size is None:
+        batch_size = max(1, min(_BATCH_ROWS, open_shards(folder, split).num_rows))
     stream = BatchStream(folder, split=split, batch_size=batch_size, order=order, seed=seed)
     if num_rows < 1:
         raise ConfigError(f"--rows is {num_rows}; it must be at least 1")

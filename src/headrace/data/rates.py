@@ -185,12 +185,13 @@ def _epoch_tasks(shards: Shards, *, room: int) -> Iterator[Task]:
     # A set larger than the sample is measured on its first rows: the others may be on a disk.
     num_rows = min(shards.num_rows, max(BATCH_ROWS, room // row_bytes))
     rows = None if num_rows == shards.num_rows else np.arange(num_rows)
+    batch_rows = min(BATCH_ROWS, num_rows)
     matrix_BR = np.full((num_rows, row_bytes), 1, np.uint8)
 
     def epochs(kind: Kind) -> Callable[[], Steps]:
         stream = BatchStream(
             shards.folder,
-            batch_size=BATCH_ROWS,
+            batch_size=batch_rows,
             order=kind,
             rows=rows,
             block_rows=_BLOCK_ROWS,
