@@ -75,7 +75,7 @@ def test_decoding_undoes_encoding(example):
 labels = st.one_of(st.none(), st.text(max_size=6), st.integers(-3, 3), st.floats(width=32))
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)  # it writes a table and fits an encoder
 @given(st.lists(labels, min_size=1, max_size=30))
 def test_any_label_comes_back_as_its_canonical_text_or_as_unknown(tmp_path_factory, values):
     is_text = any(isinstance(value, str) for value in values)

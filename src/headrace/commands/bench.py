@@ -111,11 +111,14 @@ def _training(
     section: Any,
     resources: Resources,
 ) -> tuple[Task, ...]:
-    from headrace.models.nn import NnParams
-    from headrace.models.rates import training_tasks
+    from headrace.models.nn import NnParams, open_learner
+    from headrace.training.rates import training_tasks
 
     folds = tuple(fold for fold in np.unique(shards.read("fold")).tolist() if fold >= 0)
     views = TrainViews(
         table.folder, shards.folder, project.cache, table.contract, folds, choose_stop_fold(folds)
     )
-    return training_tasks(views, encoder, cast(NnParams, section), resources)
+    params = cast(NnParams, section)
+    # Worker processes would not count in this one's CPU seconds.
+    learner = open_learner(views, params, resources=resources.model_copy(update={"workers": 0}))
+    return training_tasks(learner, params, row_bytes=encoder.layout.row_bytes)

@@ -1,30 +1,33 @@
-"""How fast the project's network learns, beside its matrix products alone and beside its data."""
+"""How fast a network learns, beside its matrix products alone and beside its data."""
+
+from typing import Protocol
 
 import torch
 from torch import nn
 
-from headrace.data.encoder import Encoder
 from headrace.data.rates import Steps, Task, epoch_name
-from headrace.models.nn import NnParams, open_learner
-from headrace.models.protocol import TrainViews
-from headrace.params import Resources
 from headrace.training.device import RandomStream, torch_threads
-from headrace.training.loop import training_update
+from headrace.training.loop import Learner, training_update
+from headrace.training.params import TrainingParams
 
 _PRODUCTS = "matrix products of nn"
 
 
+class SizedLearner(Learner, Protocol):
+    """A learner that knows how much it reads."""
+
+    batch_rows: int
+    num_rows: int  # of an epoch
+
+
 def training_tasks(
-    views: TrainViews, encoder: Encoder, params: NnParams, resources: Resources
+    learner: SizedLearner, params: TrainingParams, *, row_bytes: int
 ) -> tuple[Task, ...]:
-    """Return the training of ``train.nn`` as a task, after its ceiling; nothing is kept of it.
+    """Return training as a task, after its ceiling; the network learns, nothing is kept of it.
 
     The ceiling are the products of a step, forward and backward, with nothing between them.
     """
-    # Worker processes would not count in this one's CPU seconds.
-    learner = open_learner(views, params, resources=resources.model_copy(update={"workers": 0}))
     device = next(learner.network.parameters()).device
-    row_bytes = encoder.layout.row_bytes
     update = training_update(learner, params)
     stream = RandomStream(params.seed, device=device)
     learner.network.train()
