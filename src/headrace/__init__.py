@@ -30,7 +30,7 @@ _PUBLIC: dict[str, str] = {
     "model": "headrace.access",
     "predictions": "headrace.access",
     "reduce_frame": "headrace.data.frames",
-    "stream": "headrace.data.stream",
+    "stream": "headrace.access",
     "table": "headrace.access",
 }
 

@@ -8,6 +8,8 @@ digests before it is read, and pandas, torch and the models are loaded only by w
     >>> headrace.frame("data/reduce", split="valid")  # doctest: +SKIP
     >>> headrace.predictions("data/train/catboost", "late")  # doctest: +SKIP
     >>> headrace.model("data/publish").predict(rows)  # doctest: +SKIP
+    >>> for batch in headrace.stream("data/encode", batch_size=4096):  # doctest: +SKIP
+    ...     loss = step(batch.numeric, batch.codes, batch.targets)
 """
 
 from __future__ import annotations
@@ -24,13 +26,17 @@ from headrace.record import MemoryRecorder
 from headrace.storage import read_manifest, verify_file
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     import pandas as pd
     import pyarrow as pa
 
+    from headrace.data.order import Kind
+    from headrace.data.stream import BatchStream
     from headrace.data.table import Table
     from headrace.models.package import Package
 
 _REDUCED = "data/reduce"
+_ENCODED = "data/encode"
 
 
 def frame(
@@ -100,6 +106,41 @@ def batches(
 
     return read(
         _found(path), split=split, columns=columns, delimiter=delimiter, batch_rows=batch_rows
+    )
+
+
+def stream(
+    path: Path | str = _ENCODED,
+    *,
+    batch_size: int,
+    split: str = "train",
+    order: Kind = "exact",
+    seed: int = 0,
+    rows: npt.ArrayLike | None = None,
+) -> BatchStream:
+    """Return the batches of encoded rows as tensors, for any PyTorch loop.
+
+    Each pass over it is the next epoch, in another order. ``headrace.data.stream.BatchStream`` has
+    further settings (ranks, window, block) and says what a batch holds; ``loader`` there puts
+    worker processes in front of it.
+
+    Args:
+        path: Folder of encoded rows: ``data/encode``.
+        batch_size: Rows of a batch.
+        split: One of train, valid, test.
+        order: One of exact, window, block, sequential; see ``headrace.data.order``.
+        seed: Of the order.
+        rows: Which rows of the split, as a mask or as ascending positions; None for all.
+
+    Raises:
+        ConfigError: if a setting is out of range, or ``rows`` does not fit the split.
+        IntegrityError: if the folder is missing, unfinished or damaged.
+        SchemaError: if there is no such split, with the nearest name.
+    """
+    from headrace.data.stream import stream as open_stream
+
+    return open_stream(
+        _found(path), batch_size=batch_size, split=split, order=order, seed=seed, rows=rows
     )
 
 

@@ -17,6 +17,7 @@ from headrace.errors import explain
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from headrace.data.order import Kind
     from headrace.project import Project
 
 app = typer.Typer(
@@ -212,6 +213,69 @@ def sync() -> None:
     from headrace.commands.sync import sync as bring
 
     typer.echo(str(bring(_project())))
+
+
+@app.command()
+def batch(
+    split: Annotated[str, typer.Option("--split", help="train, valid or test.")] = "train",
+    rows: Annotated[int, typer.Option("--rows", help="First rows to show.")] = 8,
+    number: Annotated[int, typer.Option("--batch", help="Which batch, from 0.")] = 0,
+    epoch: Annotated[int, typer.Option("--epoch", help="Of which epoch, from 0.")] = 0,
+    batch_size: Annotated[
+        int | None,
+        typer.Option("--batch-size", help="Rows of a batch; default: 4096, at most all."),
+    ] = None,
+    order: Annotated[
+        str, typer.Option("--order", help="exact, window, block or sequential.")
+    ] = "exact",
+    seed: Annotated[int, typer.Option("--seed", help="Of the order.")] = 0,
+    file: Annotated[
+        Path | None, typer.Option("--json", help="Write the look to this file too.")
+    ] = None,
+) -> None:
+    """Show one encoded batch, decoded: labels, numbers in their own units, what is missing."""
+    from typing import cast
+
+    from headrace.commands.batch import show_batch
+
+    file = file.resolve() if file else None
+    shown = show_batch(
+        _project(),
+        split=split,
+        order=cast("Kind", order),
+        seed=seed,
+        epoch=epoch,
+        batch=number,
+        batch_size=batch_size,
+        num_rows=rows,
+    )
+    typer.echo(shown.text(width=_console().width), nl=False)
+    if file:
+        from headrace.storage import write_json
+
+        write_json(file, shown.to_json())
+
+
+@app.command()
+def bench(
+    seconds: Annotated[float, typer.Option("--seconds", help="For each rate, about.")] = 3.0,
+    file: Annotated[
+        Path | None, typer.Option("--json", help="Write the rates to this file too.")
+    ] = None,
+) -> None:
+    """Measure how fast this project's rows are decoded, encoded, read and learnt from."""
+    from headrace.commands.bench import bench as run_bench
+    from headrace.commands.bench import print_bench
+
+    file = file.resolve() if file else None
+    console = _console()
+    with console.status("opening") as waiting:
+        found = run_bench(_project(), seconds=seconds, tell=waiting.update)
+    print_bench(found, console)
+    if file:
+        from headrace.storage import write_json
+
+        write_json(file, found.to_json())
 
 
 @app.command()

@@ -14,7 +14,7 @@ A label that is missing has weight 0 in the loss of its target; the row still te
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from headrace.data.encoder import ENCODER, QUANTILES, EncodedBatch, Encoder
+from headrace.data.look import look_at
 from headrace.data.shards import Shards, open_shards
 from headrace.data.stream import Batch, BatchStream, loader, to_tensors
 from headrace.errors import ConfigError, IntegrityError, SchemaError, nearest
@@ -37,7 +38,14 @@ from headrace.models.protocol import TrainViews, Values
 from headrace.params import Resources, Section
 from headrace.record import Recorder
 from headrace.schema import CONTRACT, Target
-from headrace.storage import canonical_json, digest_bytes, read_json, verify_file, write_json
+from headrace.storage import (
+    canonical_json,
+    digest_bytes,
+    read_json,
+    verify_file,
+    write_file,
+    write_json,
+)
 from headrace.training.checkpoint import Checkpoints
 from headrace.training.device import RandomStream, pick_device, torch_threads
 from headrace.training.loop import Losses, LossMeans, Outcome, train_network
@@ -45,6 +53,8 @@ from headrace.training.params import TrainingParams, batch_rows_for
 
 _CONFIG = "network.json"
 _WEIGHTS = "weights.safetensors"
+_FIRST_BATCH = "first_batch.txt"  # what the network was fed first, decoded
+_SHOWN_ROWS = 8
 _SQUASH = 4.0  # standard deviations; no numeric input leaves ±4, most hardly change
 _PREDICT_ROWS = 8192  # bounds the memory of a prediction, whatever batch the caller brings
 _EVALUATE_ROWS = 16_384
@@ -238,36 +248,21 @@ def fit_multihead(
     recorder: Recorder,
 ) -> MultiHeadModel:
     """Train a network on the learn folds of ``views``; see ``headrace.models.nn.fit``."""
-    targets = views.contract.targets
-    _refuse_unknown_targets(targets, target_weights, stop_on)
     device = pick_device(training.device)
-    shards = open_shards(views.encoded, "train", contract_digest=views.contract.digest)
-    fold = shards.read("fold")
-    learn = np.isin(fold, views.learn_folds)
-    for name in (ENCODER, QUANTILES, CONTRACT):
-        verify_file(views.encoded, name)
-    inputs = _inputs(Encoder.load(views.encoded), embedding_size)
-    scales = target_scales(shards, targets, learn)
-    config = _Config(
-        inputs=inputs, trunk=trunk, targets=targets, scales=scales, threads=training.threads
-    )
     with torch_threads(training.threads):
-        with RandomStream(training.seed, _INIT, device=device).lent():
-            network = MultiHead(inputs, trunk, [target.num_outputs for target in targets])
-        network.to(device)
-        learner = _Learner(
-            network,
-            config,
+        learner = open_multihead(
             views,
-            learn=learn,
-            stop=fold == views.stop_fold,
-            batch_rows=training.batch_rows or batch_rows_for(int(learn.sum())),
-            seed=training.seed,
-            factors={target.name: target_weights.get(target.name, 1.0) for target in targets},
+            training,
+            trunk=trunk,
+            embedding_size=embedding_size,
+            target_weights=target_weights,
+            stop_on=stop_on,
             device=device,
             num_workers=resources.workers,
         )
+        config = learner.config
         _record(recorder, learner, device)
+        learner.on_first = lambda batch: _record_batch(recorder, batch, views.encoded, checkpoints)
         outcome = train_network(
             learner,
             training,
@@ -280,7 +275,49 @@ def fit_multihead(
             ),
             recorder=recorder,
         )
+    network = cast(MultiHead, learner.network)
     return MultiHeadModel(network, config, device=device, summary=_summary(outcome))
+
+
+def open_multihead(
+    views: TrainViews,
+    training: TrainingParams,
+    *,
+    trunk: Trunk,
+    embedding_size: int,
+    target_weights: Mapping[str, float],
+    stop_on: str,
+    device: torch.device,
+    num_workers: int,
+) -> "MultiHeadLearner":
+    """Return what ``fit_multihead`` trains, before its first step: network, batches, losses."""
+    targets = views.contract.targets
+    _refuse_unknown_targets(targets, target_weights, stop_on)
+    shards = open_shards(views.encoded, "train", contract_digest=views.contract.digest)
+    fold = shards.read("fold")
+    learn = np.isin(fold, views.learn_folds)
+    for name in (ENCODER, QUANTILES, CONTRACT):
+        verify_file(views.encoded, name)
+    inputs = _inputs(Encoder.load(views.encoded), embedding_size)
+    scales = target_scales(shards, targets, learn)
+    config = _Config(
+        inputs=inputs, trunk=trunk, targets=targets, scales=scales, threads=training.threads
+    )
+    with RandomStream(training.seed, _INIT, device=device).lent():
+        network = MultiHead(inputs, trunk, [target.num_outputs for target in targets])
+    network.to(device)
+    return MultiHeadLearner(
+        network,
+        config,
+        views,
+        learn=learn,
+        stop=fold == views.stop_fold,
+        batch_rows=training.batch_rows or batch_rows_for(int(learn.sum())),
+        seed=training.seed,
+        factors={target.name: target_weights.get(target.name, 1.0) for target in targets},
+        device=device,
+        num_workers=num_workers,
+    )
 
 
 def load_multihead(folder: Path, description: Mapping[str, Any]) -> MultiHeadModel:
@@ -321,7 +358,7 @@ def target_scales(
     return tuple(scales)
 
 
-class _Learner:
+class MultiHeadLearner:
     """The network with its batches and losses, as the training loop asks for them."""
 
     def __init__(
@@ -340,6 +377,7 @@ class _Learner:
     ) -> None:
         digest = views.contract.digest
         self.network: nn.Module = network
+        self.config = config
         self._stream = BatchStream(
             views.encoded,
             batch_size=batch_rows,
@@ -359,6 +397,7 @@ class _Learner:
         self._scales = config.scales
         self._factors = factors
         self._device = device
+        self.on_first: Callable[[Batch], None] | None = None  # hears the first batch of a run
         self.batch_rows = batch_rows
         self.num_rows = self._stream.num_rows
         self.num_held_back = self._held_back.num_rows
@@ -369,7 +408,12 @@ class _Learner:
         if used >= self.num_batches:
             return ()
         self._stream.set_position(epoch, used)
-        return self._loader
+        is_start = (epoch, used) == (0, 0)  # a resumed run begins elsewhere
+        return self._with_look(self._loader) if is_start else self._loader
+
+    def close(self) -> None:
+        """End the processes that read, if there are any."""
+        self._loader.close()
 
     def losses(self, batch: Batch) -> Losses:
         """Run the network on ``batch``."""
@@ -398,6 +442,12 @@ class _Learner:
         for batch in self._held_back:
             means.add(self.losses(batch))
         return means
+
+    def _with_look(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        for place, batch in enumerate(batches):
+            if place == 0 and self.on_first is not None:
+                self.on_first(batch)
+            yield batch
 
 
 def standardised(y_B: torch.Tensor, scale: TargetScale) -> torch.Tensor:
@@ -487,7 +537,7 @@ def _signature(
     )
 
 
-def _record(recorder: Recorder, learner: _Learner, device: torch.device) -> None:
+def _record(recorder: Recorder, learner: MultiHeadLearner, device: torch.device) -> None:
     recorder.params(
         {
             "device": device.type,
@@ -497,6 +547,13 @@ def _record(recorder: Recorder, learner: _Learner, device: torch.device) -> None
             "parameters": sum(p.numel() for p in learner.network.parameters()),
         }
     )
+
+
+def _record_batch(recorder: Recorder, batch: Batch, encoded: Path, folder: Path) -> None:
+    """Record once per run what the network is fed, in the words and units of the table."""
+    look = look_at(batch.to("cpu"), Encoder.load(encoded), num_rows=_SHOWN_ROWS)
+    write_file(folder / _FIRST_BATCH, look.text())
+    recorder.file(folder / _FIRST_BATCH, folder="data")
 
 
 def _summary(outcome: Outcome) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from headrace.record import Recorder
 from headrace.training.params import TrainingParams
 
 if TYPE_CHECKING:
-    from headrace.models.multihead import MultiHeadModel
+    from headrace.models.multihead import MultiHeadLearner, MultiHeadModel, Trunk
 
 Width = Annotated[int, Field(ge=1, le=65_536)]
 
@@ -56,17 +56,12 @@ def fit(
         DataError: if a loss is not finite, with row ids.
         DependencyError: if the device asked for is not there.
     """
-    from headrace.models.multihead import Trunk, fit_multihead
+    from headrace.models.multihead import fit_multihead
 
     return fit_multihead(
         views,
         params,
-        trunk=Trunk(
-            hidden_sizes=params.hidden_sizes,
-            activation=params.activation,
-            dropout=params.dropout,
-            batch_norm=params.batch_norm,
-        ),
+        trunk=_trunk(params),
         embedding_size=params.embedding_size,
         target_weights=params.target_weights,
         stop_on=params.stop_on,
@@ -76,8 +71,43 @@ def fit(
     )
 
 
+def open_learner(
+    views: TrainViews, params: NnParams, *, resources: Resources
+) -> "MultiHeadLearner":
+    """Return what ``fit`` trains, before its first step, for a measurement of the loop.
+
+    Raises:
+        ConfigError: if ``stop_on`` or ``target_weights`` names no target.
+        DependencyError: if the device asked for is not there.
+    """
+    from headrace.models.multihead import open_multihead
+    from headrace.training.device import pick_device
+
+    return open_multihead(
+        views,
+        params,
+        trunk=_trunk(params),
+        embedding_size=params.embedding_size,
+        target_weights=params.target_weights,
+        stop_on=params.stop_on,
+        device=pick_device(params.device),
+        num_workers=resources.workers,
+    )
+
+
 def load(folder: Path, description: Mapping[str, Any]) -> "MultiHeadModel":
     """Read back what ``save`` wrote."""
     from headrace.models.multihead import load_multihead
 
     return load_multihead(folder, description)
+
+
+def _trunk(params: NnParams) -> "Trunk":
+    from headrace.models.multihead import Trunk
+
+    return Trunk(
+        hidden_sizes=params.hidden_sizes,
+        activation=params.activation,
+        dropout=params.dropout,
+        batch_norm=params.batch_norm,
+    )

@@ -13,15 +13,16 @@ on disk, after each epoch and every ``checkpoint_minutes``.
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from headrace.errors import DataError
-from headrace.record import Recorder
+from headrace.record import MemoryRecorder, Recorder
 from headrace.training.checkpoint import Checkpoints
 from headrace.training.device import RandomStream
 from headrace.training.params import TrainingParams
@@ -132,6 +133,17 @@ def train_network(
         while not run.stopping.is_over and run.epoch < params.max_epochs:
             run.one_epoch()
     return run.finish()
+
+
+def training_update(learner: Learner, params: TrainingParams) -> Callable[[Any], None]:
+    """Return the loop's update of ``learner`` by one batch, for a measurement of what it takes.
+
+    The network learns from it. Nothing is saved or recorded.
+    """
+    recorder = MemoryRecorder()
+    unused = Checkpoints(Path(), signature="", recorder=recorder)
+    stream = RandomStream(params.seed, device=_device_of(learner.network))
+    return _Run(learner, params, "loss", stream, unused, recorder)._update
 
 
 def learning_rate(step: int, total_steps: int, params: TrainingParams) -> float:
