@@ -15,8 +15,8 @@ ROWS = st.integers(0, 700)
 SIZES = st.lists(st.integers(0, 90), min_size=1, max_size=12).map(tuple)
 
 
-def order_of(kind, sizes, *, seed=3, window_shards=3, block_rows=8):
-    return RowOrder(kind, sizes, seed, window_shards, block_rows)
+def order_of(kind, sizes, *, seed=3, window_pieces=3, block_rows=8):
+    return RowOrder(kind, sizes, seed, window_pieces, block_rows)
 
 
 @given(num_rows=ROWS, batch_size=st.integers(1, 60), num_ranks=st.integers(1, 5))
@@ -80,11 +80,11 @@ def test_workers_in_turn_read_the_remaining_batches_in_order(num_batches, used, 
     sizes=SIZES,
     seed=st.integers(0, 9),
     epoch=st.integers(0, 3),
-    window_shards=st.integers(1, 5),
+    window_pieces=st.integers(1, 5),
     block_rows=st.integers(1, 40),
 )
-def test_an_epoch_is_every_row_once(kind, sizes, seed, epoch, window_shards, block_rows):
-    order = order_of(kind, sizes, seed=seed, window_shards=window_shards, block_rows=block_rows)
+def test_an_epoch_is_every_row_once(kind, sizes, seed, epoch, window_pieces, block_rows):
+    order = order_of(kind, sizes, seed=seed, window_pieces=window_pieces, block_rows=block_rows)
 
     rows = order.rows(epoch, 0, order.num_rows)
 
@@ -222,7 +222,7 @@ def test_where_a_row_lands_is_uniform_over_epochs():
 
 def test_a_window_mixes_only_its_shards():
     """Rows of the first window come from as many shards as the window has, all of them."""
-    order = order_of("window", (100,) * 10, window_shards=2)
+    order = order_of("window", (100,) * 10, window_pieces=2)
 
     shards = order.rows(0, 0, 200) // 100
 

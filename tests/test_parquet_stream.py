@@ -78,7 +78,7 @@ def test_only_the_spans_of_a_window_or_two_are_held(project, monkeypatch):
     decoded = []
     decode = source._decode
     monkeypatch.setattr(source, "_decode", lambda place: decoded.append(place) or decode(place))
-    batches = BatchStream(source, batch_size=20, order="window", window_shards=2)
+    batches = BatchStream(source, batch_size=20, order="window", window_rows=200)
     most = 0
     for _ in batches:
         most = max(most, len(source._held))

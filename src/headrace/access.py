@@ -114,33 +114,51 @@ def stream(
     *,
     batch_size: int,
     split: str = "train",
-    order: Kind = "exact",
+    order: Kind | None = None,
+    sampling: str | None = None,
     seed: int = 0,
     rows: npt.ArrayLike | None = None,
+    encoder: Path | str | None = None,
+    threads: int = 1,
 ) -> BatchStream:
     """Return the batches of encoded rows as tensors, for any PyTorch loop.
 
     Each pass over it is the next epoch, in another order. ``headrace.data.stream.BatchStream`` has
-    further settings (ranks, window, block) and says what a batch holds; ``loader`` there puts
-    worker processes in front of it.
+    further settings (ranks, window, block) and says what a batch holds; ``loader`` there reads
+    ahead of it, ``samples()`` gives single rows.
 
     Args:
-        path: Folder of encoded rows: ``data/encode``.
+        path: Folder of encoded rows (``data/encode``); or, with ``encoder``, a stage's table, a
+            Parquet file, a folder or a pattern, whose rows are encoded in every epoch again.
         batch_size: Rows of a batch.
         split: One of train, valid, test.
-        order: One of exact, window, block, sequential; see ``headrace.data.order``.
+        order: One of exact, window, block, sequential (see ``headrace.data.order``); None is exact,
+            and window for Parquet.
+        sampling: None for each row once; ``weighted`` draws rows by their weight,
+            ``balanced:TARGET`` takes the classes of a target in turn.
         seed: Of the order.
         rows: Which rows of the split, as a mask or as ascending positions; None for all.
+        encoder: For Parquet: folder with a fitted encoder (``data/encode``).
+        threads: For Parquet: how many decode.
 
     Raises:
         ConfigError: if a setting is out of range, or ``rows`` does not fit the split.
+        DataError: if there is no Parquet file, or the weights or classes cannot be sampled.
         IntegrityError: if the folder is missing, unfinished or damaged.
         SchemaError: if there is no such split, with the nearest name.
     """
     from headrace.data.stream import stream as open_stream
 
     return open_stream(
-        _found(path), batch_size=batch_size, split=split, order=order, seed=seed, rows=rows
+        _found(path),
+        batch_size=batch_size,
+        split=split,
+        order=order,
+        sampling=sampling,
+        seed=seed,
+        rows=rows,
+        encoder=None if encoder is None else _found(encoder),
+        threads=threads,
     )
 
 

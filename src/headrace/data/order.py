@@ -9,8 +9,9 @@ times ``num_ranks``, and each of those into slices for the ranks; workers of one
 batches in turn. ``RowOrder`` says which row stands at a place of the order:
 
 - ``exact``: one permutation of all rows.
-- ``window``: shards in random order, rows permuted within a window of several shards, so that
-  only that many shards are being read at any time.
+- ``window``: pieces (short runs of rows) in random order, rows permuted within a window of many
+  pieces, so that only that much is being read at any time and all of it is used. The pieces of a
+  window come from anywhere, so it mixes well even if the rows lie sorted.
 - ``block``: runs of consecutive rows in random order, cut at other places each epoch: reads at
   copying speed, mixes least.
 - ``sequential``: as stored, every epoch; for prediction.
@@ -89,14 +90,14 @@ class Cut:
 class RowOrder:
     """The order of all rows in any epoch.
 
-    ``sizes`` are the rows of each shard; rows are numbered through over the shards.
-    ``block_rows`` and ``window_shards`` matter to the kinds ``block`` and ``window`` only.
+    ``sizes`` are the rows of each piece; rows are numbered through over the pieces.
+    ``block_rows`` and ``window_pieces`` matter to the kinds ``block`` and ``window`` only.
     """
 
     kind: Kind
     sizes: tuple[int, ...]
     seed: int
-    window_shards: int
+    window_pieces: int
     block_rows: int
 
     @cached_property
@@ -143,8 +144,8 @@ class RowOrder:
                 key = (self.seed, epoch, 2 + window)
                 part[:] = permuted(part - first, end - first, key)
                 part += first
-                slot = window * self.window_shards
-                end_slot = min(slot + self.window_shards, len(self.sizes))
+                slot = window * self.window_pieces
+                end_slot = min(slot + self.window_pieces, len(self.sizes))
                 in_windows(part, slots.begins, slots.shifts, slot, end_slot)
                 done += len(part)
             window += 1
@@ -153,8 +154,8 @@ class RowOrder:
     def _slots(self, epoch: int) -> "_Slots":
         known = self._known_slots.get(epoch)
         if known is None:
-            known = _slots(self.sizes, self.window_shards, self.seed, epoch)
-            self._known_slots.clear()  # of one epoch only: there may be many shards
+            known = _slots(self.sizes, self.window_pieces, self.seed, epoch)
+            self._known_slots.clear()  # of one epoch only: there may be many pieces
             self._known_slots[epoch] = known
         return known
 
@@ -164,19 +165,19 @@ class RowOrder:
 
 
 class _Slots(NamedTuple):
-    """How the S shards follow each other in one epoch."""
+    """How the S pieces follow each other in one epoch."""
 
-    begins: Places  # (S,) place where the shard in each slot begins
+    begins: Places  # (S,) place where the piece in each slot begins
     shifts: Places  # (S,) from a place in the slot to its row
     bounds: Places  # (windows + 1,) first place of each window, and the end
 
 
-def _slots(sizes: tuple[int, ...], window_shards: int, seed: int, epoch: int) -> _Slots:
-    shards = np.random.default_rng((seed, epoch, 1)).permutation(len(sizes))
+def _slots(sizes: tuple[int, ...], window_pieces: int, seed: int, epoch: int) -> _Slots:
+    pieces = np.random.default_rng((seed, epoch, 1)).permutation(len(sizes))
     rows = np.array(sizes, np.int64)
-    begins = np.cumsum(rows[shards]) - rows[shards]
-    shifts = (np.cumsum(rows) - rows)[shards] - begins
-    return _Slots(begins, shifts, np.append(begins[::window_shards], rows.sum()))
+    begins = np.cumsum(rows[pieces]) - rows[pieces]
+    shifts = (np.cumsum(rows) - rows)[pieces] - begins
+    return _Slots(begins, shifts, np.append(begins[::window_pieces], rows.sum()))
 
 
 def permuted(places: Places, num_rows: int, key: tuple[int, ...]) -> Places:

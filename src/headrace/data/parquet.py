@@ -59,6 +59,7 @@ class ParquetRows:
         self.digest = digest_bytes(f"{digest} {encoder.digest}".encode())
         self.sizes = tuple(span.num_rows for span in spans)
         self.num_rows = sum(self.sizes)
+        self.pieces = self.sizes
         self.schema: ShardSchema = shard_schema(encoder)
         self._encoder = encoder
         self._spans = tuple(spans)

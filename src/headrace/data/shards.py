@@ -43,6 +43,7 @@ SHARD_SPLITS = ("train", "valid", "test")  # rows of the gap are for nobody
 
 _ROWS = "rows.bin"
 _READ_ROWS = 65_536
+_PIECE_ROWS = 1024  # read at the speed of the disk, and many of them make a window
 _COLUMNS = ("targets", "weight", "fold")  # that training reads as a whole, before any batch
 
 
@@ -223,6 +224,7 @@ class Shards:
         self.schema = schema
         self.sizes = schema.splits[split]
         self.num_rows = sum(self.sizes)
+        self.pieces = _pieces(self.num_rows)
         self._starts = np.array([0, *accumulate(self.sizes)], np.int64)
         self._files = files
         self._maps: list[_Mapped] = []  # of the packed rows, once a row is asked for
@@ -422,6 +424,11 @@ class _Mapped:
                 )
             self.is_checked[block] = True
             self.num_unchecked -= 1
+
+
+def _pieces(num_rows: int) -> tuple[int, ...]:
+    full, rest = divmod(num_rows, _PIECE_ROWS)
+    return (_PIECE_ROWS,) * full + ((rest,) if rest else ())
 
 
 def _shape(field: RowField, num_rows: int) -> tuple[int, ...]:

@@ -55,8 +55,8 @@ class RowSource(Protocol):
 
     split: str
     schema: ShardSchema
-    sizes: tuple[int, ...]  # of the shards, or of what takes their place
     num_rows: int
+    pieces: tuple[int, ...]  # lengths of the runs of rows that are best read together
 
     @property
     def digest(self) -> str:
@@ -123,7 +123,8 @@ class BatchStream(IterableDataset[Batch]):
         rows: which rows of the split, as a mask or as ascending positions; all if None.
         rank: this process among ``num_ranks`` that share every epoch.
         num_ranks: see ``rank``.
-        window_shards: shards that are mixed at a time, for ``window``.
+        window_rows: rows that are mixed at a time, for ``window``: random pieces of the whole set,
+            each a run of rows (1024 of shards, a span of row groups of Parquet).
         block_rows: consecutive rows that stay together, for ``block``.
         contract_digest: of the contract the reader expects, refused if another.
 
@@ -145,7 +146,7 @@ class BatchStream(IterableDataset[Batch]):
         rows: npt.ArrayLike | None = None,
         rank: int = 0,
         num_ranks: int = 1,
-        window_shards: int = 4,
+        window_rows: int = 262_144,
         block_rows: int = 64,
         contract_digest: str | None = None,
     ) -> None:
@@ -157,12 +158,12 @@ class BatchStream(IterableDataset[Batch]):
         self.rank = rank
         self.sampling = sampling
         self._rows = None if rows is None else _selection(rows, source)
-        sizes = source.sizes if self._rows is None else self._rows.counts(source.sizes)
+        sizes = source.pieces if self._rows is None else self._rows.counts(source.pieces)
         for name, value, least in (
             ("batch_size", batch_size, 1),
             ("seed", seed, 0),
             ("num_ranks", num_ranks, 1),
-            ("window_shards", window_shards, 1),
+            ("window_rows", window_rows, 1),
             ("block_rows", block_rows, 1),
         ):
             if value < least:
@@ -184,7 +185,8 @@ class BatchStream(IterableDataset[Batch]):
                 f"{sampling or order!r} would do again for each batch; use order='window', or "
                 f"encode the table once"
             )
-        self._order = RowOrder(order, sizes, seed, window_shards, block_rows)
+        window_pieces = max(1, window_rows // max(1, *sizes, 1))
+        self._order = RowOrder(order, sizes, seed, window_pieces, block_rows)
         self._sampling = _sampling(sampling, source, seed, self._rows)
         drawn = self._order if self._sampling is None else self._sampling
         self.cut = Cut(drawn.num_rows, batch_size, num_ranks)
@@ -306,7 +308,7 @@ class BatchStream(IterableDataset[Batch]):
             "order": self._order.kind,
             "sampling": self.sampling,
             "seed": self._order.seed,
-            "window_shards": self._order.window_shards,
+            "window_pieces": self._order.window_pieces,
             "block_rows": self._order.block_rows,
             "global_batch": self.cut.global_rows,
         }
@@ -604,22 +606,9 @@ def stream(
     encoder: Encoder | Path | str | None = None,
     threads: int = 1,
 ) -> BatchStream:
-    """Return the batches of an encoded folder, or of Parquet files, for any PyTorch loop.
+    """Return the batches of an encoded folder, or of Parquet files with ``encoder``.
 
-    Each pass over it is the next epoch, in another order. See ``BatchStream`` for what is not said
-    here.
-
-    Args:
-        source: An encoded folder; or, with ``encoder``, a stage's table, a Parquet file, a folder
-            or a pattern, whose rows are encoded on the way, in every epoch again.
-        batch_size: Rows per batch.
-        split: train, valid or test, of an encoded folder or a stage's table.
-        order: None is ``exact`` for shards and ``window`` for Parquet.
-        sampling: None, ``weighted`` or ``balanced:TARGET``.
-        seed: Of the order.
-        rows: Which rows of the split; all if None.
-        encoder: For Parquet: fitted, or the folder it was saved in (``data/encode``).
-        threads: For Parquet: how many decode.
+    The arguments are those of ``headrace.stream``, which also finds a project's folders.
     """
     if encoder is None:
         return BatchStream(
