@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.errors import ConfigError
-from headrace.kernels.order import GUIDE_ROWS, select
+from headrace.kernels.order import GUIDE_ROWS, rank, select
 
 _BLOCK = 512  # bits from one count to the next
 _WORDS = _BLOCK // 64
@@ -95,6 +95,14 @@ class Selection:
         out = np.empty(len(places), np.int64)
         where = np.ascontiguousarray(places)
         select(where, self._words, self._starts, self._guide, self._span, out)
+        return out
+
+    def places(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return where chosen ``rows`` stand among the chosen: undoes ``rows``."""
+        if self._words is None:
+            return np.searchsorted(self._numbers, rows)
+        out = np.empty(len(rows), np.int64)
+        rank(np.ascontiguousarray(rows), self._words, self._starts, out)
         return out
 
     def counts(self, sizes: Iterable[int]) -> tuple[int, ...]:
