@@ -68,8 +68,8 @@ class Selection:
         steps = np.diff(numbers.astype(np.int64), prepend=-1)
         if (steps <= 0).any() or (len(numbers) and numbers[-1] >= num_rows):
             raise ConfigError(
-                f"rows must be ascending numbers from 0 to {num_rows - 1}, each once; they are "
-                f"{numbers[:3].tolist()} … {numbers[-3:].tolist()}"
+                f"rows must be ascending row numbers of the split, each once, from 0 to "
+                f"{num_rows - 1}; they are {numbers[:3].tolist()} … {numbers[-3:].tolist()}"
             )
         mask = np.zeros(num_rows, bool)
         mask[numbers.astype(np.int64)] = True
