@@ -171,6 +171,24 @@ def test_a_halted_fit_resumes_to_the_very_same_bytes(views, tmp_path, halt_after
     assert recorder.notes[0].startswith("Resumed in epoch")
 
 
+def test_how_batches_travel_does_not_change_a_byte(views, tmp_path):
+    """Not in one run, nor in one that goes on from a checkpoint of the other mode."""
+    params = {"dropout": 0.3, "checkpoint_minutes": 0.0, "seed": 4}
+    whole = saved(fitted(views, tmp_path / "whole", **params)[0], tmp_path / "a")
+    with pytest.raises(Halt):
+        fitted(views, tmp_path / "halted", recorder=HaltingRecorder(5), **params)
+    model, recorder = fitted(views, tmp_path / "halted", **params, transfer="resident")
+
+    assert saved(model, tmp_path / "b") == whole
+    assert recorder.notes[0].startswith("Resumed in epoch")
+    assert recorder.recorded_params["transfer"] == "resident"
+
+
+def test_prefetching_to_a_cpu_is_refused(views, tmp_path):
+    with pytest.raises(ConfigError, match="transfer is 'prefetch', but the device is cpu"):
+        fitted(views, tmp_path, transfer="prefetch")
+
+
 def test_a_checkpoint_of_other_parameters_is_not_used(views, tmp_path):
     fitted(views, tmp_path, seed=1)
     model, recorder = fitted(views, tmp_path, seed=2)

@@ -33,6 +33,7 @@ def test_the_row_at_every_place_is_found(runs):
 
     assert rows.dtype == np.int64
     assert np.array_equal(rows, np.flatnonzero(mask))
+    assert np.array_equal(selection.places(rows), np.arange(len(selection)))
 
 
 @unhurried

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.errors import ConfigError
-from headrace.kernels.order import GUIDE_ROWS, select
+from headrace.kernels.order import GUIDE_ROWS, rank, select
 
 _BLOCK = 512  # bits from one count to the next
 _WORDS = _BLOCK // 64
@@ -68,8 +68,8 @@ class Selection:
         steps = np.diff(numbers.astype(np.int64), prepend=-1)
         if (steps <= 0).any() or (len(numbers) and numbers[-1] >= num_rows):
             raise ConfigError(
-                f"rows must be ascending numbers from 0 to {num_rows - 1}, each once; they are "
-                f"{numbers[:3].tolist()} … {numbers[-3:].tolist()}"
+                f"rows must be ascending row numbers of the split, each once, from 0 to "
+                f"{num_rows - 1}; they are {numbers[:3].tolist()} … {numbers[-3:].tolist()}"
             )
         mask = np.zeros(num_rows, bool)
         mask[numbers.astype(np.int64)] = True
@@ -95,6 +95,14 @@ class Selection:
         out = np.empty(len(places), np.int64)
         where = np.ascontiguousarray(places)
         select(where, self._words, self._starts, self._guide, self._span, out)
+        return out
+
+    def places(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return where chosen ``rows`` stand among the chosen: undoes ``rows``."""
+        if self._words is None:
+            return np.searchsorted(self._numbers, rows)
+        out = np.empty(len(rows), np.int64)
+        rank(np.ascontiguousarray(rows), self._words, self._starts, out)
         return out
 
     def counts(self, sizes: Iterable[int]) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,8 @@ from headrace.data.shards import Shards, ShardSchema, open_shards
 from headrace.errors import ConfigError, HeadraceError, ResourceError
 
 _KEPT_BUFFERS = 4  # of a stream, for batches that nobody holds any more
+# Hands on packed rows, in their order: to a device, say.
+Transfer: TypeAlias = Callable[[Iterable[torch.Tensor]], Iterable[torch.Tensor]]
 _DTYPES = {
     "<i8": torch.int64,
     "<f8": torch.float64,
@@ -202,6 +204,17 @@ class BatchStream(IterableDataset[Batch]):
         return self.cut.num_rows
 
     @property
+    def chosen(self) -> Selection | None:
+        """Which rows of the source the epochs are made of; all if None."""
+        return self._rows
+
+    @property
+    def max_rows(self) -> int:
+        """Rows of the largest batch on this rank: the last may have some more than the others."""
+        bounds = [self.cut.bounds(batch, self.rank) for batch in {0, max(0, len(self) - 1)}]
+        return max(end - first for first, end in bounds) if len(self) else 0
+
+    @property
     def position(self) -> Position:
         """The epoch, and how many of its batches were handed out."""
         return self._position
@@ -262,21 +275,31 @@ class BatchStream(IterableDataset[Batch]):
         """Yield what is left of the current epoch, or this worker's part of it."""
         info = get_worker_info()
         if info is None:
-            packed = map(torch.from_numpy, self.packed(self._position))
-            yield from self.counted(self.unpacked(packed))
+            yield from self.through(_as_it_is)
         else:
             yield from self.unpacked(self.packed_from_start(info.id, info.num_workers))
+
+    def through(self, transfer: Transfer) -> Iterator[Batch]:
+        """Yield what is left of the current epoch; packed rows go through ``transfer`` first."""
+        packed = map(torch.from_numpy, self.packed(self._position))
+        yield from self.counted(self.unpacked(transfer(packed)))
 
     def packed(self, position: Position, worker: int = 0, num_workers: int = 1) -> Iterator[Packed]:
         """Yield a worker's batches of one epoch from ``position`` on as packed rows (B, R).
 
         ``unpack`` makes them tensors. Nothing is counted, nothing is moved.
         """
-        for batch in self.cut.share(position.batches, worker, num_workers):
-            first, end = self.cut.bounds(batch, self.rank)
-            out_BR = self._buffers.take(end - first)
-            self.source.gather(self.row_numbers(position.epoch, first, end), out_BR)
+        for rows in self.row_batches(position, worker, num_workers):
+            out_BR = self._buffers.take(len(rows))
+            self.source.gather(rows, out_BR)
             yield out_BR
+
+    def row_batches(
+        self, position: Position, worker: int = 0, num_workers: int = 1
+    ) -> Iterator[npt.NDArray[np.int64]]:
+        """Yield which rows of the source a worker's batches have, from ``position`` on."""
+        for batch in self.cut.share(position.batches, worker, num_workers):
+            yield self.row_numbers(position.epoch, *self.cut.bounds(batch, self.rank))
 
     def row_numbers(self, epoch: int, first: int, end: int) -> npt.NDArray[np.int64]:
         """Return which rows of the source stand at the places ``first`` to ``end`` of an epoch."""
@@ -376,13 +399,18 @@ class BatchLoader:
             ResourceError: if worker processes died twice or did not answer in time, with the
                 position from which the stream can be continued.
         """
+        yield from self.through(_as_it_is)
+
+    def through(self, transfer: Transfer) -> Iterator[Batch]:
+        """Yield what is left of the current epoch; packed rows go through ``transfer`` first."""
         if self._num_workers:
-            yield from self._by_workers()
+            yield from self._by_workers(transfer)
         elif self._read_ahead:
             packed = _ahead(self.stream.packed(self.stream.position), self._read_ahead)
-            yield from self.stream.counted(self.stream.unpacked(map(torch.from_numpy, packed)))
+            moved = transfer(map(torch.from_numpy, packed))
+            yield from self.stream.counted(self.stream.unpacked(moved))
         else:
-            yield from self.stream
+            yield from self.stream.through(transfer)
 
     def close(self) -> None:
         """Stop the worker processes; the next pass starts new ones."""
@@ -401,13 +429,13 @@ class BatchLoader:
         """Continue where another stream was; see ``BatchStream.load_state_dict``."""
         self.stream.load_state_dict(state)
 
-    def _by_workers(self) -> Iterator[Batch]:
+    def _by_workers(self, transfer: Transfer) -> Iterator[Batch]:
         is_retried = False
         epoch = self.stream.position.epoch
         while self.stream.position.epoch == epoch:
             self.stream.set_position(*self.stream.position)  # where workers begin
             try:
-                yield from self._pass()
+                yield from self._pass(transfer)
             except _WorkerError as error:
                 what = (
                     f"a worker process that reads {self.stream.source.name} failed ({error}) after "
@@ -422,14 +450,14 @@ class BatchLoader:
             if not len(self.stream):
                 return
 
-    def _pass(self) -> Iterator[Batch]:
+    def _pass(self, transfer: Transfer) -> Iterator[Batch]:
         """Yield what the running workers have; any failure of theirs is a ``_WorkerError``."""
         watch = _Watch(self._timeout_s, on_excess=self._kill)
         try:
             try:
                 with watch:
-                    packed = watch.timed(self._workers())
-                    yield from self.stream.counted(self.stream.unpacked(packed))
+                    moved = transfer(watch.timed(self._workers()))
+                    yield from self.stream.counted(self.stream.unpacked(moved))
             except (ConnectionError, EOFError):
                 # Torch tells of the same death by a signal that raises wherever Python is: here,
                 # not while the error is being made.

@@ -182,6 +182,18 @@ def select(
             found[i] = np.int64(where[i] * _U(64) + bits[i])
 
 
+@_compiled(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def rank(rows: Places, words: Words, starts: Places, out: Places) -> None:
+    """Write how many set bits come before each of ``rows``; arrays as in ``select``."""
+    for i in range(len(rows)):
+        row = _U(rows[i])
+        word, bit = row >> _U(6), row & _U(63)
+        count = _U(starts[row >> _U(9)])
+        for w in range(word & ~_U(7), word):
+            count += _ones(words[_U(w)])
+        out[i] = np.int64(count + _ones(words[word] & ((_U(1) << bit) - _U(1))))
+
+
 @_compiled(inline="always")  # type: ignore[untyped-decorator]
 def _mixed(word: Any) -> Any:
     # splitmix64's finaliser (Steele, Lea, Flood 2014): near numbers give unrelated ones.

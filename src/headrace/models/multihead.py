@@ -33,6 +33,7 @@ from headrace.data.encoder import ENCODER, QUANTILES, EncodedBatch, Encoder
 from headrace.data.look import look_at
 from headrace.data.shards import Shards, open_shards
 from headrace.data.stream import Batch, BatchStream, loader, to_tensors
+from headrace.data.transfer import Mode, to_device
 from headrace.errors import ConfigError, IntegrityError, SchemaError, nearest
 from headrace.models.protocol import TrainViews, Values
 from headrace.params import Resources, Section
@@ -58,6 +59,7 @@ _SHOWN_ROWS = 8
 _SQUASH = 4.0  # standard deviations; no numeric input leaves ±4, most hardly change
 _PREDICT_ROWS = 8192  # bounds the memory of a prediction, whatever batch the caller brings
 _EVALUATE_ROWS = 16_384
+_PINNED_SHARE = 8  # of the memory budget: the part that may be page-locked for a GPU
 _ACTIVATIONS: Mapping[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
 _INIT, _TRAIN = 0, 1  # names of random streams
 
@@ -258,7 +260,8 @@ def fit_multihead(
             target_weights=target_weights,
             stop_on=stop_on,
             device=device,
-            num_workers=resources.workers,
+            resources=resources,
+            log=None if device.type == "cpu" else recorder.note,  # there is nothing to choose
         )
         config = learner.config
         _record(recorder, learner, device)
@@ -288,9 +291,13 @@ def open_multihead(
     target_weights: Mapping[str, float],
     stop_on: str,
     device: torch.device,
-    num_workers: int,
+    resources: Resources,
+    log: Callable[[str], None] | None = None,
 ) -> "MultiHeadLearner":
-    """Return what ``fit_multihead`` trains, before its first step: network, batches, losses."""
+    """Return what ``fit_multihead`` trains, before its first step: network, batches, losses.
+
+    ``log`` hears how batches reach the device.
+    """
     targets = views.contract.targets
     _refuse_unknown_targets(targets, target_weights, stop_on)
     shards = open_shards(views.encoded, "train", contract_digest=views.contract.digest)
@@ -316,7 +323,9 @@ def open_multihead(
         seed=training.seed,
         factors={target.name: target_weights.get(target.name, 1.0) for target in targets},
         device=device,
-        num_workers=num_workers,
+        transfer=training.transfer,
+        resources=resources,
+        log=log,
     )
 
 
@@ -373,7 +382,9 @@ class MultiHeadLearner:
         seed: int,
         factors: Mapping[str, float],
         device: torch.device,
-        num_workers: int,
+        transfer: Mode,
+        resources: Resources,
+        log: Callable[[str], None] | None,
     ) -> None:
         digest = views.contract.digest
         self.network: nn.Module = network
@@ -392,7 +403,16 @@ class MultiHeadLearner:
             rows=stop,
             contract_digest=digest,
         )
-        self._loader = loader(self._stream, num_workers=num_workers)
+        self._loader = loader(self._stream, num_workers=resources.workers)
+        self.there = to_device(
+            self._loader,
+            device,
+            mode=transfer,
+            pinned_cap_bytes=resources.memory_budget // _PINNED_SHARE,
+            log=log,
+        )
+        # Copied as it is used: the set that is learnt from has the device's free memory.
+        self._held_back_there = to_device(self._held_back, device, mode="plain")
         self._targets = config.targets
         self._scales = config.scales
         self._factors = factors
@@ -409,7 +429,7 @@ class MultiHeadLearner:
             return ()
         self._stream.set_position(epoch, used)
         is_start = (epoch, used) == (0, 0)  # a resumed run begins elsewhere
-        return self._with_look(self._loader) if is_start else self._loader
+        return self._with_look(self.there) if is_start else self.there
 
     def close(self) -> None:
         """End the processes that read, if there are any."""
@@ -417,7 +437,7 @@ class MultiHeadLearner:
 
     def losses(self, batch: Batch) -> Losses:
         """Run the network on ``batch``."""
-        # Standardised in float64 on the CPU: 1.7e9 + x is all one number in float32.
+        # Standardised in float64, on MPS by the CPU: 1.7e9 + x is all one number in float32.
         y_BT = [
             standardised(batch.targets[:, place], scale).to(self._device)
             for place, scale in enumerate(self._scales)
@@ -439,7 +459,7 @@ class MultiHeadLearner:
         """Return the losses over the rows of the stop fold."""
         means = LossMeans(dict(self._factors))
         self._held_back.set_position(0)
-        for batch in self._held_back:
+        for batch in self._held_back_there:
             means.add(self.losses(batch))
         return means
 
@@ -521,7 +541,7 @@ def _signature(
     device: torch.device,
 ) -> str:
     """Digest of all that a checkpoint depends on and its folder's key may not say."""
-    loop = training.model_dump(mode="json", exclude={"checkpoint_minutes"})
+    loop = training.model_dump(mode="json", exclude={"checkpoint_minutes", "transfer"})
     return digest_bytes(
         canonical_json(
             {
@@ -544,6 +564,8 @@ def _record(recorder: Recorder, learner: MultiHeadLearner, device: torch.device)
             "rows_learnt_from": learner.num_rows,
             "rows_held_back": learner.num_held_back,
             "batch_rows": learner.batch_rows,
+            "transfer": learner.there.choice.mode,
+            "pinned_bytes": learner.there.pinned_bytes,
             "parameters": sum(p.numel() for p in learner.network.parameters()),
         }
     )

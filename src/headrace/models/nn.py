@@ -91,7 +91,7 @@ def open_learner(
         target_weights=params.target_weights,
         stop_on=params.stop_on,
         device=pick_device(params.device),
-        num_workers=resources.workers,
+        resources=resources,
     )
 
 

@@ -24,6 +24,9 @@ class TrainingParams(Section):
     warmup_steps: Annotated[int, Field(ge=0)] = 100  # linear rise of the learning rate
     weight_decay: Annotated[float, Field(ge=0)] = 1.0e-3  # decoupled; matrices only
     clip_norm: Annotated[float, Field(gt=0)] = 1.0  # longest gradient that is applied as it is
+    # How batches reach the device; results do not depend on it. auto: resident where the set fits
+    # half of a GPU's free memory, else prefetch there, plain elsewhere
+    transfer: Literal["auto", "plain", "prefetch", "resident"] = "auto"
     checkpoint_minutes: Annotated[float, Field(ge=0)] = 1.0  # within an epoch; 0: every batch
 
 
