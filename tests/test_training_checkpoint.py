@@ -62,6 +62,5 @@ def test_one_of_other_parameters_is_named_and_not_used(tmp_path):
 
     assert checkpoints.load() is None
     assert recorder.warnings == [
-        f"checkpoint {tmp_path / NEWEST} is of another model or other parameters and is not used; "
-        f"training starts fresh"
+        f"checkpoint {tmp_path / NEWEST} is not used, and training starts fresh: 'a' → 'b'"
     ]

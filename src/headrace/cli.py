@@ -253,12 +253,19 @@ def doctor() -> None:
 
 
 @app.command()
-def stage(name: Annotated[str, typer.Argument(help="Stage, such as extract or train@nn.")]) -> None:
+def stage(
+    name: Annotated[str, typer.Argument(help="Stage, such as extract or train@nn.")],
+    resume: Annotated[
+        Path | None,
+        typer.Option("--resume", help="Checkpoint, or the folder of one, to train on from."),
+    ] = None,
+) -> None:
     """Run one stage in this process, whether or not it is up to date (what DVC calls)."""
     from headrace.commands.stage import run_stage
 
+    given = resume.resolve() if resume else None  # before the folder changes to the project's
     project = _project()
-    typer.echo(str(run_stage(project, name)))
+    typer.echo(str(run_stage(project, name, resume=given)))
     if name == "publish" and "HEADRACE_RUN_ID" not in os.environ:
         # Under plain `dvc repro` nobody comes after publish who would bring MLflow up to date.
         from headrace.commands.sync import sync_or_defer

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from headrace.commands.checkpoints import checkpoint_folder, require_resumable, stage_entry
 from headrace.commands.failure import clear_failure, write_failure
 from headrace.commands.scaffold import locked_digest
 from headrace.commands.settings import Settings, read_settings
@@ -32,32 +33,37 @@ from headrace.memory import MemoryWatch, format_bytes, held_bytes
 from headrace.params import Resources, Section, read_yaml
 from headrace.project import CODE_LOCK, Project
 from headrace.record import Recorder
-from headrace.storage import canonical_json, digest_bytes, folder_digest, sweep
+from headrace.storage import sweep
 from headrace.tracking.journal import open_stage
 
 PLAIN_STAGES = ("raw", "watermark", "extract", "reduce", "encode", "stack", "evaluate", "publish")
 _GRACE_S = 10.0  # native code may take this long to come back to Python; then the process ends
 
 
-def run_stage(project: Project, stage: str) -> Any:
+def run_stage(project: Project, stage: str, *, resume: Path | None = None) -> Any:
     """Run ``stage`` of ``project`` to its end and return its result.
 
+    ``resume`` is a checkpoint that a training stage has to start from.
+
     Raises:
+        ConfigError: if there is no such stage, or ``resume`` does not belong to it.
         HeadraceError: whatever the stage refuses; ``Stopped`` on SIGINT or SIGTERM.
     """
     die_with_parent()
     clear_failure(project, stage)
     try:
-        return _run(project, stage)
+        return _run(project, stage, resume)
     except BaseException as error:
         message, exit_code = explain(error)
         write_failure(project, stage, exit_code, message)
         raise
 
 
-def _run(project: Project, stage: str) -> Any:
+def _run(project: Project, stage: str, resume: Path | None) -> Any:
     settings = read_settings(project)
     _require_known(stage, settings)
+    if resume is not None:
+        require_resumable(stage, _resumable(settings))
     require_locked_code(project, stage)
     section = settings.section(stage)
     budget = settings.resources.memory_budget
@@ -70,7 +76,7 @@ def _run(project: Project, stage: str) -> Any:
             on_excess=lambda held: stopper.stop_with(_over_budget(stage, held, budget)),
         ) as watch:
             try:
-                result = _call(project, stage, settings, section, resources, journal)
+                result = _call(project, stage, settings, section, resources, journal, resume)
             finally:
                 journal.peak_bytes = watch.peak_bytes
         return result
@@ -139,6 +145,7 @@ def _call(
     section: Section,
     resources: Resources,
     recorder: Recorder,
+    resume: Path | None,
 ) -> Any:
     from importlib import import_module
 
@@ -159,7 +166,8 @@ def _call(
         return run(data("reduce"), out, section, **told)
     table, encoded = data("reduce"), data("encode")
     if name == "train":
-        checkpoints = _checkpoint_folder(project, stage, section, [table, encoded], recorder)
+        entry = stage_entry(project, stage, section, [table, encoded])
+        checkpoints = checkpoint_folder(project, stage, entry, resume=resume, recorder=recorder)
         result = run(
             table,
             encoded,
@@ -188,6 +196,18 @@ def _require_known(stage: str, settings: Settings) -> None:
         raise ConfigError(f"{stage!r} is not a stage of this project{hint}")
 
 
+def _resumable(settings: Settings) -> list[str]:
+    """Return the stages that take a checkpoint: those of models trained by our own loop."""
+    from headrace.models.protocol import model_section
+    from headrace.training.params import TrainingParams
+
+    return [
+        f"train@{model}"
+        for model in settings.models
+        if issubclass(model_section(model), TrainingParams)
+    ]
+
+
 def _what_is_left(resources: Resources, held: int) -> Resources:
     """Give the stage what the rest of the run (flow, server, DVC, this interpreter) leaves."""
     left = resources.memory_budget - held
@@ -205,26 +225,6 @@ def _over_budget(stage: str, held: int, budget: int) -> ResourceError:
         f"stage {stage} was stopped: the run held {format_bytes(held)}, more than "
         f"`resources.memory_budget` of {format_bytes(budget)} allows; raise it in params.yaml"
     )
-
-
-def _checkpoint_folder(
-    project: Project, stage: str, section: Section, inputs: list[Path], recorder: Recorder
-) -> Path:
-    """The folder of this stage's checkpoints: one per inputs, parameters and code."""
-    parts = {
-        "params": section.model_dump(mode="json"),
-        "inputs": [folder_digest(folder) for folder in inputs],
-        "code": code_digest(*stage_modules(stage)),
-    }
-    folder = project.checkpoints / stage / digest_bytes(canonical_json(parts).encode())[:16]
-    if folder.parent.is_dir():
-        for other in sorted(folder.parent.iterdir()):
-            if other != folder:
-                recorder.warn(
-                    f"checkpoint {other.relative_to(project.root)} is not used: it was made with "
-                    f"other data, parameters or code"
-                )
-    return folder
 
 
 @contextmanager

@@ -37,7 +37,7 @@ from headrace.models.protocol import TrainViews, Values
 from headrace.params import Resources, Section
 from headrace.record import Recorder
 from headrace.schema import CONTRACT, Target
-from headrace.storage import canonical_json, digest_bytes, read_json, verify_file, write_json
+from headrace.storage import read_json, verify_file, write_json
 from headrace.training.checkpoint import Checkpoints
 from headrace.training.device import RandomStream, pick_device, torch_threads
 from headrace.training.loop import Losses, LossMeans, Outcome, train_network
@@ -469,22 +469,18 @@ def _signature(
     target_weights: Mapping[str, float],
     stop_on: str,
     device: torch.device,
-) -> str:
-    """Digest of all that a checkpoint depends on and its folder's key may not say."""
+) -> dict[str, Any]:
+    """All that a checkpoint depends on and its folder's key may not say (the device, for one)."""
     loop = training.model_dump(mode="json", exclude={"checkpoint_minutes"})
-    return digest_bytes(
-        canonical_json(
-            {
-                "config": config.model_dump(mode="json"),
-                "training": loop,
-                "contract": views.contract.digest,
-                "folds": [list(views.learn_folds), views.stop_fold],
-                "factors": dict(target_weights),
-                "stop_on": stop_on,
-                "device": device.type,
-            }
-        ).encode()
-    )
+    return {
+        "network": config.model_dump(mode="json"),
+        "training": loop,
+        "contract": views.contract.digest,
+        "folds": {"learn": list(views.learn_folds), "stop": views.stop_fold},
+        "target_weights": dict(target_weights),
+        "stop_on": stop_on,
+        "device": device.type,
+    }
 
 
 def _record(recorder: Recorder, learner: _Learner, device: torch.device) -> None:
