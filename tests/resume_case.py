@@ -176,7 +176,9 @@ class Learner:
         if self._num_used == self._end.batches and self._end.kind == "save":
             _die_while_saving(self._end.seed)
         if self._num_used > self._end.batches and self._end.kind in ("kill", "term"):
-            time.sleep(0.002 if self._num_used < _MOST_BATCHES / 2 else 0.2)  # to be caught in time
+            # Longer than a checkpoint, so that the signal seldom strikes in one; longer yet where
+            # it is late, so that it still strikes.
+            time.sleep(0.02 if self._num_used < _MOST_BATCHES else 0.2)
         self._num_used += 1
 
 
@@ -211,7 +213,7 @@ def _live(folder: Path, run: str, life: int, epochs: int, end: End) -> int:
     if end.kind in ("kill", "term"):
         rng = random.Random(end.seed)
         _wait_for(log, end.batches, process)
-        time.sleep(rng.uniform(0, 0.02))
+        time.sleep(rng.uniform(0, 0.04))
         number = signal.SIGKILL if end.kind == "kill" else rng.choice(_POLITE)
         os.kill(process.pid or 0, number)
     process.join(_LIFE_S)

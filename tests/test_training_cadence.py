@@ -1,4 +1,4 @@
-"""When checkpoints are due: lost work at most one interval, cost at most 3 %; times are invented."""
+"""Lost work is at most one interval, checkpoints cost at most 3 %; all times are invented."""
 
 import pytest
 from hypothesis import given
