@@ -49,6 +49,11 @@ def stage_entry(
     }
 
 
+def own_folder(project: Project, stage: str, entry: Mapping[str, Any]) -> Path:
+    """Return where the checkpoints of ``entry`` lie; nothing is read or written."""
+    return project.checkpoints / stage / digest_bytes(canonical_json(entry).encode())[:16]
+
+
 def checkpoint_folder(
     project: Project,
     stage: str,
@@ -65,7 +70,7 @@ def checkpoint_folder(
     Raises:
         ConfigError: if ``resume`` is missing, or of another key, naming what differs.
     """
-    folder = project.checkpoints / stage / digest_bytes(canonical_json(entry).encode())[:16]
+    folder = own_folder(project, stage, entry)
     given = None if resume is None else _given_file(resume, entry)
     newest = _keep_newest_other(folder)
     if given is None and newest is not None and not _files(folder):
