@@ -25,6 +25,7 @@ function of seed, rank and step), so with dropout the weights differ as those of
 import contextlib
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -307,7 +308,8 @@ def _talk(what: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # what gloo and nccl raise; they have no class of their own
-        raise _LostContact(f"{what} failed: {error}") from error
+        reason = re.sub(r"^\[[^]]*\] *", "", str(error))  # gloo begins with its source file
+        raise _LostContact(f"{what} failed: {reason}") from error
 
 
 def _meet(launch: Launch, timeout_s: float) -> Store:
