@@ -1,14 +1,11 @@
 """Two ranks train what one process trains; one that fails ends both, with its name."""
 
-import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import time
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
@@ -20,9 +17,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from headrace.commands.failure import read_failure
+from headrace.commands.stage import run_stage
 from headrace.data.order import Cut
 from headrace.data.stream import BatchStream
 from headrace.errors import ConfigError, DataError, IntegrityError, ResourceError
+from headrace.project import Project
 from headrace.training.distributed import ALONE, Launch, Ranks, read_launch
 from tests.rank_case import (
     HALT_AFTER,
@@ -85,6 +85,22 @@ def test_a_process_alone_changes_nothing():
     assert ALONE.summed(values) is values
     assert ALONE.gathered("x") == ["x"]
     assert ALONE.from_first(lambda: 7) == 7
+
+
+def test_a_stage_that_ranks_cannot_share_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "params.yaml").write_text(
+        "version: 1\nmodels: [baseline]\ntrain: {baseline: {}}\n"
+        "extract: {sources: {a: a.csv}, targets: [y]}\n"
+    )
+    monkeypatch.setattr("headrace.commands.stage.die_with_parent", lambda: None)
+    for name, value in (LAUNCHED | {"RANK": "0", "LOCAL_RANK": "0"}).items():
+        monkeypatch.setenv(name, value)
+    for stage in ("train@baseline", "extract"):
+        told = f"stage {stage} was started by torchrun as 4 processes, which only train@nn can"
+        with pytest.raises(ConfigError, match=told):
+            run_stage(Project(tmp_path), stage)
+
+        assert told in read_failure(Project(tmp_path), stage).message
 
 
 # ---- who reads what ------------------------------------------------------------------------------
