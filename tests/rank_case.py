@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -16,7 +17,11 @@ from torch import nn
 from headrace.errors import DataError, HeadraceError, Stopped
 from headrace.models.nn import NnParams, fit
 from headrace.record import MemoryRecorder
+from headrace.training.checkpoint import Checkpoints
+from headrace.training.device import RandomStream
 from headrace.training.distributed import Launch, current_ranks, joined, read_launch
+from headrace.training.loop import Losses, LossMeans, train_network
+from headrace.training.params import TrainingParams
 from tests.train_case import RESOURCES, views_of
 
 TRAINED = {
@@ -121,6 +126,42 @@ def _dropout(folder: Path) -> dict:
     return {"whole": whole, "resumed": resumed}
 
 
+class Drawing:
+    """A learner that keeps the random number it draws in each step, as dropout would."""
+
+    def __init__(self) -> None:
+        self.network = nn.Linear(1, 1)
+        nn.init.zeros_(self.network.weight)
+        nn.init.zeros_(self.network.bias)
+        self.num_batches = 3
+        self.draws: list[float] = []
+
+    def batches(self, epoch, *, used):  # noqa: ARG002 - the loop's signature
+        return [SimpleNamespace(row_id=torch.zeros(1, dtype=torch.int64))] * (3 - used)
+
+    def losses(self, _batch):
+        self.draws.append(float(torch.rand(())))
+        loss = self.network(torch.ones(1, 1)).sum() ** 2 + 1
+        return Losses({"y": loss}, {"y": torch.ones(())}, {"y": 1.0})
+
+    def validate(self):
+        return LossMeans({"y": 1.0}, {"y": 1.0}, {"y": 1.0})
+
+
+def _draws(folder: Path) -> dict:
+    learner, recorder = Drawing(), MemoryRecorder()
+    train_network(
+        learner,
+        TrainingParams(max_epochs=2),
+        stop_on="loss",
+        stream=RandomStream(0, 1, device=torch.device("cpu")),
+        checkpoints=Checkpoints(folder / "draws", signature="draws", recorder=recorder),
+        recorder=recorder,
+        ranks=current_ranks(),
+    )
+    return {"draws": learner.draws}
+
+
 def _half(folder: Path) -> dict:
     """Stop in mid-epoch, for one process to go on."""
     try:
@@ -185,6 +226,7 @@ SCENARIOS = (
     _train,
     _normed,
     _dropout,
+    _draws,
     _half,
     _go_on,
     _uneven,

@@ -302,6 +302,12 @@ def test_with_dropout_a_resumed_pair_of_ranks_ends_with_the_very_same_bits(seen,
     assert not torch.equal(first["trunk.0.weight"], alone["weights"]["trunk.0.weight"])
 
 
+def test_every_rank_and_step_has_random_numbers_of_its_own(seen):
+    first, second = (found["draws"] for found in seen["draws"])
+
+    assert len(set(first + second)) == len(first) + len(second) == 12
+
+
 def test_one_process_goes_on_from_the_checkpoint_of_two(seen, case, alone):
     assert seen["half"] != [None, None]
     resumed = train(case / "case", case / "from-two")

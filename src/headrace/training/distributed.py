@@ -252,6 +252,7 @@ def joined(launch: Launch, *, timeout_s: float = TIMEOUT_S) -> Iterator[Ranks]:
         _current = ALONE
         if dist.is_initialized():
             dist.destroy_process_group()
+        ends.close()
 
 
 class GlobalBatchNorm1d(nn.BatchNorm1d):
@@ -353,6 +354,23 @@ class _Ends:
             self._tell(0, "", is_echo=False)
             while self._launch.rank != 0 and not self._store.check(["end/0"]):
                 time.sleep(_POLL_S)
+
+    def close(self) -> None:
+        """Keep the store until all ranks have heard; without torchrun it is in rank 0's process."""
+        if self._launch.has_agent:
+            return
+        with contextlib.suppress(RuntimeError):
+            if self._launch.rank > 0:
+                self._store.set(f"left/{self._launch.rank}", "")
+                return
+            until = time.monotonic() + _HEAR_S
+            waited_for = set(range(1, self._launch.size))
+            while waited_for and time.monotonic() < until:
+                waited_for -= {rank for rank in waited_for if self._has_left(rank)}
+                time.sleep(_POLL_S)
+
+    def _has_left(self, rank: int) -> bool:
+        return bool(self._store.check([f"left/{rank}"])) or self._is_dead(rank)
 
     def after(self, error: BaseException) -> BaseException:
         """Return what to raise in place of ``error``: itself, or what made it happen."""
