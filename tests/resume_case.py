@@ -38,6 +38,7 @@ from headrace.stages.encode import EncodeParams, encode
 from headrace.storage import digest_file
 from headrace.training.checkpoint import Checkpoints
 from headrace.training.device import RandomStream, torch_threads
+from headrace.training.distributed import ALONE
 from headrace.training.loop import Losses, LossMeans, train_network
 from headrace.training.params import TrainingParams
 from tests.encode_tables import write_table
@@ -251,6 +252,7 @@ def _train(folder: Path, run: str, life: int, epochs: int, end: End) -> None:
             stream=RandomStream(4, device=_CPU),
             checkpoints=Checkpoints(home / "checkpoints", signature="drill", recorder=recorder),
             recorder=recorder,
+            ranks=ALONE,
             clock=clock,
         )
     save_file(dict(learner.network.state_dict()), home / _WEIGHTS)

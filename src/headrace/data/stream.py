@@ -119,6 +119,7 @@ class BatchStream(IterableDataset[Batch]):
         rows: which rows of the split, as a mask or as ascending positions; all if None.
         rank: this process among ``num_ranks`` that share every epoch.
         num_ranks: see ``rank``.
+        least_tail: rows under which an epoch's tail joins the batch before it; None: two per rank.
         window_shards: shards that are mixed at a time, for ``window``.
         block_rows: consecutive rows that stay together, for ``block``.
         contract_digest: of the contract the reader expects, refused if another.
@@ -140,6 +141,7 @@ class BatchStream(IterableDataset[Batch]):
         rows: npt.ArrayLike | None = None,
         rank: int = 0,
         num_ranks: int = 1,
+        least_tail: int | None = None,
         window_shards: int = 4,
         block_rows: int = 64,
         contract_digest: str | None = None,
@@ -157,6 +159,7 @@ class BatchStream(IterableDataset[Batch]):
             ("batch_size", batch_size, 1),
             ("seed", seed, 0),
             ("num_ranks", num_ranks, 1),
+            ("least_tail", 2 if least_tail is None else least_tail, 1),
             ("window_shards", window_shards, 1),
             ("block_rows", block_rows, 1),
         ):
@@ -174,7 +177,7 @@ class BatchStream(IterableDataset[Batch]):
                 f"has {sum(sizes)} rows ({source.split} of {source.name}); set a smaller batch_size"
             )
         self.order = RowOrder(order, sizes, seed, window_shards, block_rows)
-        self.cut = Cut(sum(sizes), batch_size, num_ranks)
+        self.cut = Cut(sum(sizes), batch_size, num_ranks, least_tail)
         # In shared memory, so that workers that outlive an epoch see where the next one starts.
         self._start = torch.zeros(2, dtype=torch.int64)
         self._start.share_memory_()  # type: ignore[no-untyped-call]
@@ -289,6 +292,7 @@ class BatchStream(IterableDataset[Batch]):
             "window_shards": self.order.window_shards,
             "block_rows": self.order.block_rows,
             "global_batch": self.cut.global_rows,
+            "epoch_batches": len(self),  # more ranks may join a tail that fewer leave alone
         }
 
 

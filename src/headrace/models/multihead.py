@@ -39,7 +39,8 @@ from headrace.record import Recorder
 from headrace.schema import CONTRACT, Target
 from headrace.storage import read_json, verify_file, write_json
 from headrace.training.checkpoint import Checkpoints
-from headrace.training.device import RandomStream, pick_device, torch_threads
+from headrace.training.device import RandomStream, torch_threads
+from headrace.training.distributed import Ranks, current_ranks
 from headrace.training.loop import Losses, LossMeans, Outcome, train_network
 from headrace.training.params import TrainingParams, batch_rows_for
 
@@ -240,7 +241,8 @@ def fit_multihead(
     """Train a network on the learn folds of ``views``; see ``headrace.models.nn.fit``."""
     targets = views.contract.targets
     _refuse_unknown_targets(targets, target_weights, stop_on)
-    device = pick_device(training.device)
+    ranks = current_ranks()
+    device = ranks.device(training.device)
     shards = open_shards(views.encoded, "train", contract_digest=views.contract.digest)
     fold = shards.read("fold")
     learn = np.isin(fold, views.learn_folds)
@@ -266,8 +268,11 @@ def fit_multihead(
             factors={target.name: target_weights.get(target.name, 1.0) for target in targets},
             device=device,
             num_workers=resources.workers,
+            ranks=ranks,
         )
         _record(recorder, learner, device)
+        signature = _signature(config, training, views, target_weights, stop_on, device)
+        ranks.require_same("what is trained", f"{signature} {shards.digest}")
         outcome = train_network(
             learner,
             training,
@@ -275,10 +280,11 @@ def fit_multihead(
             stream=RandomStream(training.seed, _TRAIN, device=device),
             checkpoints=Checkpoints(
                 checkpoints,
-                signature=_signature(config, training, views, target_weights, stop_on, device),
+                signature=signature,
                 recorder=recorder,
             ),
             recorder=recorder,
+            ranks=ranks,
         )
     return MultiHeadModel(network, config, device=device, summary=_summary(outcome))
 
@@ -337,14 +343,18 @@ class _Learner:
         factors: Mapping[str, float],
         device: torch.device,
         num_workers: int,
+        ranks: Ranks,
     ) -> None:
         digest = views.contract.digest
         self.network: nn.Module = network
         self._stream = BatchStream(
             views.encoded,
-            batch_size=batch_rows,
+            batch_size=ranks.share_of(batch_rows),
             seed=seed,
             rows=learn,
+            rank=ranks.rank,
+            num_ranks=ranks.size,
+            least_tail=2,  # the same batches for any number of ranks: norms and losses span them
             contract_digest=digest,
         )
         self._held_back = BatchStream(
@@ -352,6 +362,8 @@ class _Learner:
             batch_size=_EVALUATE_ROWS,
             order="sequential",
             rows=stop,
+            rank=ranks.rank,
+            num_ranks=ranks.size,
             contract_digest=digest,
         )
         self._loader = loader(self._stream, num_workers=num_workers)
@@ -360,6 +372,7 @@ class _Learner:
         self._factors = factors
         self._device = device
         self.batch_rows = batch_rows
+        self.num_ranks = ranks.size
         self.num_rows = self._stream.num_rows
         self.num_held_back = self._held_back.num_rows
         self.num_batches = len(self._stream)
@@ -392,7 +405,7 @@ class _Learner:
         return Losses(sums, weights, self._factors)
 
     def validate(self) -> LossMeans:
-        """Return the losses over the rows of the stop fold."""
+        """Return the losses over this rank's rows of the stop fold."""
         means = LossMeans(dict(self._factors))
         self._held_back.set_position(0)
         for batch in self._held_back:
@@ -490,6 +503,7 @@ def _record(recorder: Recorder, learner: _Learner, device: torch.device) -> None
             "rows_learnt_from": learner.num_rows,
             "rows_held_back": learner.num_held_back,
             "batch_rows": learner.batch_rows,
+            "ranks": learner.num_ranks,
             "parameters": sum(p.numel() for p in learner.network.parameters()),
         }
     )
