@@ -8,6 +8,7 @@ SOURCE = ROOT / "src" / "headrace"
 GROUND = {"params", "schema", "lineage", "storage", "record", "errors", "memory", "project"}
 # A layer may import the layers behind it, and itself; blocks of one tuple do not import each other.
 LAYERS = [
+    ("__main__",),
     ("cli",),
     ("commands", "flows"),
     ("stages",),

@@ -3,10 +3,9 @@
 import pytest
 import torch
 
+from headrace.errors import ConfigError, IntegrityError
 from headrace.record import MemoryRecorder
-from headrace.training.checkpoint import Checkpoints
-
-NEWEST, BEFORE = "newest.ckpt", "before.ckpt"
+from headrace.training.checkpoint import BEFORE, GIVEN, NEWEST, Checkpoints
 
 
 def open_at(folder, *, signature="a"):
@@ -62,6 +61,58 @@ def test_one_of_other_parameters_is_named_and_not_used(tmp_path):
 
     assert checkpoints.load() is None
     assert recorder.warnings == [
-        f"checkpoint {tmp_path / NEWEST} is of another model or other parameters and is not used; "
-        f"training starts fresh"
+        f"checkpoint {tmp_path / NEWEST} is not used, and training starts fresh: 'a' → 'b'"
     ]
+
+
+def test_a_damaged_one_does_not_push_out_the_whole_one_before(tmp_path):
+    """Else a kill during the next save would leave nothing."""
+    saved(tmp_path, 1, 2)
+    (tmp_path / NEWEST).write_bytes(b"damaged")
+    checkpoints, _ = open_at(tmp_path)
+    checkpoints.load()
+    checkpoints.save({"epoch": 3})
+    (tmp_path / NEWEST).unlink()
+
+    assert open_at(tmp_path)[0].load()["epoch"] == 1
+
+
+def test_what_a_kill_left_half_written_is_removed(tmp_path):
+    saved(tmp_path, 1)
+    (tmp_path / f".new-{NEWEST}.999999999").write_bytes(b"half")
+    open_at(tmp_path)[0].load()
+
+    assert [path.name for path in tmp_path.iterdir()] == [NEWEST]
+
+
+def give(folder, source):
+    folder.mkdir(exist_ok=True)
+    (folder / GIVEN).write_bytes(source.read_bytes())
+
+
+def test_a_given_one_goes_before_the_own_until_the_first_save(tmp_path):
+    saved(tmp_path / "there", 7)
+    saved(tmp_path / "here", 1)
+    give(tmp_path / "here", tmp_path / "there" / NEWEST)
+    checkpoints, recorder = open_at(tmp_path / "here")
+
+    assert checkpoints.load()["epoch"] == 7
+    assert open_at(tmp_path / "here")[0].load()["epoch"] == 7  # killed before it saved
+    checkpoints.save({"epoch": 8})
+    assert open_at(tmp_path / "here")[0].load()["epoch"] == 8
+    assert recorder.warnings == []
+
+
+def test_a_given_one_is_used_or_refused_never_skipped(tmp_path):
+    saved(tmp_path / "there", 7)
+    saved(tmp_path / "here", 1)
+    path = tmp_path / "there" / NEWEST
+    give(tmp_path / "here", path)
+    with pytest.raises(ConfigError, match=r"--resume is of another training \('a' → 'b'\)"):
+        open_at(tmp_path / "here", signature="b")[0].load()
+    assert open_at(tmp_path / "here")[0].load()["epoch"] == 1  # asked for once
+
+    path.write_bytes(path.read_bytes()[:-1])
+    give(tmp_path / "here", path)
+    with pytest.raises(IntegrityError, match="given with --resume is damaged"):
+        open_at(tmp_path / "here")[0].load()

@@ -28,6 +28,18 @@ def test_a_stream_gives_its_own_numbers_and_the_global_generator_stays():
     assert not torch.equal(draw(RandomStream(8, 0, device=CPU), 6), first)
 
 
+def test_a_branch_of_a_stream_starts_anew_wherever_the_stream_is():
+    stream = RandomStream(1, 2, device=CPU)
+    with stream.lent():
+        torch.rand(5)
+        stream.restart(0, 7)
+        first = torch.rand(4)
+        stream.restart(1, 7)
+
+        assert not torch.equal(torch.rand(4), first)
+    assert torch.equal(first, draw(RandomStream(1, 2, 0, 7, device=CPU), 4))
+
+
 def test_a_stream_goes_on_where_it_was_and_restores_also_while_lent():
     stream = RandomStream(1, device=CPU)
     whole = draw(RandomStream(1, device=CPU), 9)

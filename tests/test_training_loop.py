@@ -11,6 +11,7 @@ from headrace.errors import DataError
 from headrace.record import MemoryRecorder
 from headrace.training.checkpoint import Checkpoints
 from headrace.training.device import RandomStream, torch_threads
+from headrace.training.distributed import ALONE
 from headrace.training.loop import Losses, LossMeans, learning_rate, train_network
 from headrace.training.params import TrainingParams
 
@@ -110,6 +111,7 @@ def go(learner, folder, recorder=None, **params):
         stream=RandomStream(settings.seed, 1, device=CPU),
         checkpoints=Checkpoints(folder, signature="toy", recorder=recorder),
         recorder=recorder,
+        ranks=ALONE,
     )
     return outcome, recorder
 

@@ -7,8 +7,9 @@ import pytest
 
 from headrace.commands.pipeline import changes, environment, read_dag
 from headrace.commands.supervise import Child
-from headrace.commands.why import judge, parameter_changes, sentences, why
+from headrace.commands.why import judge, sentences, why
 from headrace.errors import ConfigError, DependencyError
+from headrace.lineage import value_changes
 from tests.toy import STAGES, edit, make_toy, repro_toy
 
 
@@ -136,7 +137,7 @@ def test_nested_parameter_changes_are_leaves():
     old = {"a": {"x": 1, "y": [1, 2]}, "b": 2}
     new = {"a": {"x": 1, "y": [1, 3]}, "c": None}
 
-    assert parameter_changes("s", old, new) == [
+    assert value_changes("s", old, new) == [
         ("s.a.y", "[1, 2] → [1, 3]"),
         ("s.b", "2 → not set"),
         ("s.c", "not set → None"),

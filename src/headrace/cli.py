@@ -317,12 +317,22 @@ def doctor() -> None:
 
 
 @app.command()
-def stage(name: Annotated[str, typer.Argument(help="Stage, such as extract or train@nn.")]) -> None:
+def stage(
+    name: Annotated[str, typer.Argument(help="Stage, such as extract or train@nn.")],
+    resume: Annotated[
+        Path | None,
+        typer.Option("--resume", help="Checkpoint, or the folder of one, to train on from."),
+    ] = None,
+) -> None:
     """Run one stage in this process, whether or not it is up to date (what DVC calls)."""
     from headrace.commands.stage import run_stage
 
+    given = resume.resolve() if resume else None  # before the folder changes to the project's
     project = _project()
-    typer.echo(str(run_stage(project, name)))
+    result = run_stage(project, name, resume=given)
+    if result is None:  # this process helped another one, which tells
+        return
+    typer.echo(str(result))
     if name == "publish" and "HEADRACE_RUN_ID" not in os.environ:
         # Under plain `dvc repro` nobody comes after publish who would bring MLflow up to date.
         from headrace.commands.sync import sync_or_defer
@@ -345,6 +355,7 @@ def _project() -> "Project":
 
     project = find_project(Path.cwd())
     os.chdir(project.root)
-    with suppress(HeadraceError):  # a locked store says so where it is needed
-        repair_location(project.root)  # after the folder was moved
+    if os.environ.get("RANK", "0") == "0":  # of several processes of torchrun the first does it
+        with suppress(HeadraceError):  # a locked store says so where it is needed
+            repair_location(project.root)  # after the folder was moved
     return project

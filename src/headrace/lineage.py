@@ -23,6 +23,7 @@ from headrace.errors import IntegrityError
 from headrace.storage import canonical_json, digest_bytes, digest_file
 
 PACKAGE = Path(__file__).parent
+ABSENT = object()  # the value of a name that is not there
 # Layers that call stages; what they contain changes no stage's result.
 _CALLERS = {"cli", "commands", "tracking", "access"}
 
@@ -101,13 +102,32 @@ def code_files(*modules: str) -> tuple[Path, ...]:
     return tuple(sorted(files))
 
 
+def code_digests(*modules: str) -> dict[str, str]:
+    """Return the digest of each file that ``modules`` run, by its path within the package."""
+    return {p.relative_to(PACKAGE).as_posix(): digest_file(p).digest for p in code_files(*modules)}
+
+
 def code_digest(*modules: str) -> str:
     """Return the digest of the code that ``modules`` run."""
-    return digest_bytes(
-        canonical_json(
-            {p.relative_to(PACKAGE).as_posix(): digest_file(p).digest for p in code_files(*modules)}
-        ).encode()
-    )
+    return digest_bytes(canonical_json(code_digests(*modules)).encode())
+
+
+def value_changes(key: str, old: Any, new: Any) -> list[tuple[str, str]]:
+    """Return each changed leaf below ``key`` with its old and new value as text.
+
+    >>> value_changes("train.nn", {"lr": 1, "depth": 2}, {"lr": 3, "depth": 2})
+    [('train.nn.lr', '1 → 3')]
+    """
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        names = [*old, *(name for name in new if name not in old)]
+        return [
+            change
+            for name in names
+            for change in value_changes(
+                f"{key}.{name}" if key else name, old.get(name, ABSENT), new.get(name, ABSENT)
+            )
+        ]
+    return [] if old == new else [(key, f"{_text(old)} → {_text(new)}")]
 
 
 def stage_modules(stage: str) -> tuple[str, ...]:
@@ -120,6 +140,10 @@ def stage_modules(stage: str) -> tuple[str, ...]:
         kinds = sorted(path.stem for path in (PACKAGE / "models").glob("[a-z]*.py"))
         return (*own, *(f"headrace.models.{kind}" for kind in kinds))
     return own
+
+
+def _text(value: Any) -> str:
+    return "not set" if value is ABSENT else repr(value)
 
 
 def _module_file(module: str) -> Path | None:

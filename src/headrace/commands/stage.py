@@ -3,6 +3,9 @@
 This is the one place where a stage meets the world: it gets its paths, its section, the resources
 and a recorder that writes the journal; it is watched for memory; it dies with its parent; and what
 stops it ends in one line, an exit code and a failure file (DVC swallows exit codes).
+
+Under torchrun several of these processes run one stage. The first keeps the journal and writes;
+the others help it train (``training/distributed.py``) and tell nobody anything.
 """
 
 import os
@@ -10,11 +13,17 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from headrace.commands.checkpoints import (
+    checkpoint_folder,
+    own_folder,
+    require_resumable,
+    stage_entry,
+)
 from headrace.commands.failure import clear_failure, write_failure
 from headrace.commands.scaffold import locked_digest
 from headrace.commands.settings import Settings, read_settings
@@ -31,49 +40,135 @@ from headrace.lineage import code_digest, stage_modules
 from headrace.memory import MemoryWatch, format_bytes, held_bytes
 from headrace.params import Resources, Section, read_yaml
 from headrace.project import CODE_LOCK, Project
-from headrace.record import Recorder
-from headrace.storage import canonical_json, digest_bytes, folder_digest, sweep
+from headrace.record import MemoryRecorder, Recorder
+from headrace.storage import sweep
 from headrace.tracking.journal import open_stage
+
+if TYPE_CHECKING:
+    from headrace.training.distributed import Launch, Ranks
 
 PLAIN_STAGES = ("raw", "watermark", "extract", "reduce", "encode", "stack", "evaluate", "publish")
 _GRACE_S = 10.0  # native code may take this long to come back to Python; then the process ends
 
 
-def run_stage(project: Project, stage: str) -> Any:
-    """Run ``stage`` of ``project`` to its end and return its result.
+def run_stage(project: Project, stage: str, *, resume: Path | None = None) -> Any:
+    """Run ``stage`` of ``project`` to its end and return its result; None on a rank that helped.
+
+    ``resume`` is a checkpoint that a training stage has to start from.
 
     Raises:
+        ConfigError: if there is no such stage, or ``resume`` does not belong to it.
         HeadraceError: whatever the stage refuses; ``Stopped`` on SIGINT or SIGTERM.
     """
     die_with_parent()
+    launch = _launch()
+    if launch is not None and launch.rank > 0:
+        return _assist(project, stage, launch)
     clear_failure(project, stage)
     try:
-        return _run(project, stage)
+        return _run(project, stage, launch, resume)
     except BaseException as error:
         message, exit_code = explain(error)
         write_failure(project, stage, exit_code, message)
         raise
 
 
-def _run(project: Project, stage: str) -> Any:
-    settings = read_settings(project)
-    _require_known(stage, settings)
-    require_locked_code(project, stage)
-    section = settings.section(stage)
-    budget = settings.resources.memory_budget
-    family = int(os.environ.get("HEADRACE_RUN_PID", os.getpid()))
-    resources = _what_is_left(settings.resources, held_bytes(family))
+def _run(project: Project, stage: str, launch: "Launch | None", resume: Path | None) -> Any:
+    settings, section = _settings(project, stage, launch)
+    if resume is not None:
+        require_resumable(stage, _resumable(settings))
+    family = _family(launch)
+    resources = _resources(settings.resources, family, launch)
     with _Stopper(project, stage) as stopper, open_stage(project.journal, stage) as journal:
-        with MemoryWatch(
-            family,
-            budget_bytes=budget,
-            on_excess=lambda held: stopper.stop_with(_over_budget(stage, held, budget)),
-        ) as watch:
+        with _watch(stage, family, settings.resources.memory_budget, stopper) as watch:
             try:
-                result = _call(project, stage, settings, section, resources, journal)
+                with _joined(launch):
+                    result = _call(project, stage, settings, section, resources, journal, resume)
             finally:
                 journal.peak_bytes = watch.peak_bytes
         return result
+
+
+def _assist(project: Project, stage: str, launch: "Launch") -> None:
+    """Help the first rank with ``stage``; what is told here, that one tells too."""
+    from headrace.stages.train import assist
+
+    settings, section = _settings(project, stage, launch)
+    family = _family(launch)
+    resources = _resources(settings.resources, family, launch)
+    table, encoded = project.data("reduce"), project.data("encode")
+    entry = stage_entry(project, stage, section, [table, encoded])
+    with _Stopper(project, stage) as stopper, ExitStack() as stack:
+        if launch.local_rank == 0:  # the first of this machine, whose memory it watches
+            stack.enter_context(_watch(stage, family, settings.resources.memory_budget, stopper))
+        stack.enter_context(_joined(launch))
+        assist(
+            table,
+            encoded,
+            section,
+            model=stage.partition("@")[2],
+            cache=project.cache,
+            checkpoints=own_folder(project, stage, entry),  # the first rank looks after it
+            resources=resources,
+            recorder=MemoryRecorder(),
+        )
+
+
+def _launch() -> "Launch | None":
+    if os.environ.get("WORLD_SIZE", "1") == "1":  # torch need not be loaded to know it
+        return None
+    from headrace.training.distributed import read_launch
+
+    return read_launch(os.environ)
+
+
+def _joined(launch: "Launch | None") -> "AbstractContextManager[Ranks | None]":
+    if launch is None:
+        return nullcontext()
+    from headrace.training.distributed import joined
+
+    return joined(launch)
+
+
+def _settings(project: Project, stage: str, launch: "Launch | None") -> tuple[Settings, Section]:
+    settings = read_settings(project)
+    _require_known(stage, settings)
+    if launch is not None:
+        _require_shareable(stage, launch)
+    require_locked_code(project, stage)
+    return settings, settings.section(stage)
+
+
+def _require_shareable(stage: str, launch: "Launch") -> None:
+    from headrace.models.protocol import KINDS
+
+    able = [f"train@{name}" for name, kind in KINDS.items() if kind.can_share]
+    if stage not in able:
+        raise ConfigError(
+            f"stage {stage} was started by torchrun as {launch.size} processes, which only "
+            f"{', '.join(able)} can share; run `headrace stage {stage}` instead"
+        )
+
+
+def _family(launch: "Launch | None") -> int:
+    """The process whose descendants are the run on this machine: ours, torchrun's, or the flow."""
+    is_torchrun = launch is not None and launch.has_agent
+    return int(os.environ.get("HEADRACE_RUN_PID", os.getppid() if is_torchrun else os.getpid()))
+
+
+def _resources(resources: Resources, family: int, launch: "Launch | None") -> Resources:
+    left = _what_is_left(resources, held_bytes(family))
+    if launch is None:
+        return left
+    return left.model_copy(update={"memory_budget": left.memory_budget // launch.local_size})
+
+
+def _watch(stage: str, family: int, budget: int, stopper: "_Stopper") -> MemoryWatch:
+    return MemoryWatch(
+        family,
+        budget_bytes=budget,
+        on_excess=lambda held: stopper.stop_with(_over_budget(stage, held, budget)),
+    )
 
 
 def require_locked_code(project: Project, stage: str) -> None:
@@ -139,6 +234,7 @@ def _call(
     section: Section,
     resources: Resources,
     recorder: Recorder,
+    resume: Path | None,
 ) -> Any:
     from importlib import import_module
 
@@ -159,7 +255,8 @@ def _call(
         return run(data("reduce"), out, section, **told)
     table, encoded = data("reduce"), data("encode")
     if name == "train":
-        checkpoints = _checkpoint_folder(project, stage, section, [table, encoded], recorder)
+        entry = stage_entry(project, stage, section, [table, encoded])
+        checkpoints = checkpoint_folder(project, stage, entry, resume=resume, recorder=recorder)
         result = run(
             table,
             encoded,
@@ -188,6 +285,18 @@ def _require_known(stage: str, settings: Settings) -> None:
         raise ConfigError(f"{stage!r} is not a stage of this project{hint}")
 
 
+def _resumable(settings: Settings) -> list[str]:
+    """Return the stages that take a checkpoint: those of models trained by our own loop."""
+    from headrace.models.protocol import model_section
+    from headrace.training.params import TrainingParams
+
+    return [
+        f"train@{model}"
+        for model in settings.models
+        if issubclass(model_section(model), TrainingParams)
+    ]
+
+
 def _what_is_left(resources: Resources, held: int) -> Resources:
     """Give the stage what the rest of the run (flow, server, DVC, this interpreter) leaves."""
     left = resources.memory_budget - held
@@ -205,26 +314,6 @@ def _over_budget(stage: str, held: int, budget: int) -> ResourceError:
         f"stage {stage} was stopped: the run held {format_bytes(held)}, more than "
         f"`resources.memory_budget` of {format_bytes(budget)} allows; raise it in params.yaml"
     )
-
-
-def _checkpoint_folder(
-    project: Project, stage: str, section: Section, inputs: list[Path], recorder: Recorder
-) -> Path:
-    """The folder of this stage's checkpoints: one per inputs, parameters and code."""
-    parts = {
-        "params": section.model_dump(mode="json"),
-        "inputs": [folder_digest(folder) for folder in inputs],
-        "code": code_digest(*stage_modules(stage)),
-    }
-    folder = project.checkpoints / stage / digest_bytes(canonical_json(parts).encode())[:16]
-    if folder.parent.is_dir():
-        for other in sorted(folder.parent.iterdir()):
-            if other != folder:
-                recorder.warn(
-                    f"checkpoint {other.relative_to(project.root)} is not used: it was made with "
-                    f"other data, parameters or code"
-                )
-    return folder
 
 
 @contextmanager

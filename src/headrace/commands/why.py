@@ -11,10 +11,9 @@ from typing import Any
 
 from headrace.commands.checks import require_settings
 from headrace.commands.pipeline import Dag, changes, locked_entries, read_dag, use_without_git
+from headrace.lineage import ABSENT, value_changes
 from headrace.params import read_yaml
 from headrace.project import Project
-
-_ABSENT = object()
 
 
 @dataclass(frozen=True)
@@ -102,28 +101,6 @@ def _sentence(verdict: Verdict) -> str:
     return f"{verdict.stage}: will run: " + "\n    ".join(reasons)
 
 
-def parameter_changes(key: str, old: Any, new: Any) -> list[tuple[str, str]]:
-    """Return each changed leaf below ``key`` with its old and new value as text.
-
-    >>> parameter_changes("train.nn", {"lr": 1, "depth": 2}, {"lr": 3, "depth": 2})
-    [('train.nn.lr', '1 → 3')]
-    """
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        names = [*old, *(name for name in new if name not in old)]
-        return [
-            change
-            for name in names
-            for change in parameter_changes(
-                f"{key}.{name}", old.get(name, _ABSENT), new.get(name, _ABSENT)
-            )
-        ]
-    return [] if old == new else [(key, f"{_text(old)} → {_text(new)}")]
-
-
-def _text(value: Any) -> str:
-    return "not set" if value is _ABSENT else repr(value)
-
-
 def _reasons(project: Project, change: Any, entry: Mapping[str, Any], dag: Dag) -> list[Reason]:
     if change == "changed command":
         return [Reason("command", "", "is another one now")]
@@ -154,9 +131,7 @@ def _parameters(project: Project, path: str, what: Any, entry: Mapping[str, Any]
     kind = "code" if Path(path).suffix == ".lock" else "parameter"
     found = []
     for key in what:
-        changes_below = parameter_changes(
-            key, old_values.get(key, _ABSENT), _lookup(content, str(key))
-        )
+        changes_below = value_changes(key, old_values.get(key, ABSENT), _lookup(content, str(key)))
         if kind == "code":
             found.append(Reason(kind, path, f"has another digest for {key}"))
         else:
@@ -167,7 +142,7 @@ def _parameters(project: Project, path: str, what: Any, entry: Mapping[str, Any]
 def _lookup(content: Any, key: str) -> Any:
     for part in key.split("."):
         if not isinstance(content, Mapping) or part not in content:
-            return _ABSENT
+            return ABSENT
         content = content[part]
     return content
 

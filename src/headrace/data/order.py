@@ -51,14 +51,18 @@ class Cut:
     """How one epoch of ``num_rows`` rows is cut into global batches and these into rank slices.
 
     A global batch has ``batch_size * num_ranks`` rows; only the last may be shorter, and a tail
-    of under two rows per rank joins the batch before it (a batch of one row has no spread to
-    normalise by). Every rank takes a slice of every global batch, so all have the same number of
-    steps; slices differ by at most one row.
+    of under ``least_tail`` rows joins the batch before it: by default two rows per rank, for a
+    slice of one row has no spread to normalise by. Every rank takes a slice of every global batch,
+    so all have the same number of steps; slices differ by at most one row.
+
+    Where a slice may be empty or of one row, ``least_tail`` of 2 makes the cut the same for any
+    number of ranks that divides the global batch.
     """
 
     num_rows: int
     batch_size: int
     num_ranks: int = 1
+    least_tail: int | None = None
 
     @property
     def global_rows(self) -> int:
@@ -69,7 +73,8 @@ class Cut:
     def num_batches(self) -> int:
         """Global batches of one epoch: the steps of each rank."""
         full, tail = divmod(self.num_rows, self.global_rows)
-        has_own = tail >= 2 * self.num_ranks or (full == 0 and tail > 0)
+        least = 2 * self.num_ranks if self.least_tail is None else self.least_tail
+        has_own = tail >= least or (full == 0 and tail > 0)
         return full + has_own
 
     def bounds(self, batch: int, rank: int = 0) -> tuple[int, int]:

@@ -125,6 +125,7 @@ class BatchStream(IterableDataset[Batch]):
         rows: which rows of the split, as a mask or as ascending positions; all if None.
         rank: this process among ``num_ranks`` that share every epoch.
         num_ranks: see ``rank``.
+        least_tail: rows under which an epoch's tail joins the batch before it; None: two per rank.
         window_rows: rows that are mixed at a time, for ``window``: random pieces of the whole set,
             each a run of rows (1024 of shards, a span of row groups of Parquet).
         block_rows: consecutive rows that stay together, for ``block``.
@@ -148,6 +149,7 @@ class BatchStream(IterableDataset[Batch]):
         rows: npt.ArrayLike | None = None,
         rank: int = 0,
         num_ranks: int = 1,
+        least_tail: int | None = None,
         window_rows: int = 262_144,
         block_rows: int = 64,
         contract_digest: str | None = None,
@@ -165,6 +167,7 @@ class BatchStream(IterableDataset[Batch]):
             ("batch_size", batch_size, 1),
             ("seed", seed, 0),
             ("num_ranks", num_ranks, 1),
+            ("least_tail", 2 if least_tail is None else least_tail, 1),
             ("window_rows", window_rows, 1),
             ("block_rows", block_rows, 1),
         ):
@@ -191,7 +194,7 @@ class BatchStream(IterableDataset[Batch]):
         self._order = RowOrder(order, sizes, seed, window_pieces, block_rows)
         self._sampling = _sampling(sampling, source, seed, self._rows)
         drawn = self._order if self._sampling is None else self._sampling
-        self.cut = Cut(drawn.num_rows, batch_size, num_ranks)
+        self.cut = Cut(drawn.num_rows, batch_size, num_ranks, least_tail)
         # In shared memory, so that workers that outlive an epoch see where the next one starts.
         self._start = torch.zeros(2, dtype=torch.int64)
         self._start.share_memory_()  # type: ignore[no-untyped-call]
@@ -334,6 +337,7 @@ class BatchStream(IterableDataset[Batch]):
             "window_pieces": self._order.window_pieces,
             "block_rows": self._order.block_rows,
             "global_batch": self.cut.global_rows,
+            "epoch_batches": len(self),  # more ranks may join a tail that fewer leave alone
         }
 
 

@@ -14,6 +14,7 @@ A label that is missing has weight 0 in the loss of its target; the row still te
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,16 +40,10 @@ from headrace.models.protocol import TrainViews, Values
 from headrace.params import Resources, Section
 from headrace.record import Recorder
 from headrace.schema import CONTRACT, Target
-from headrace.storage import (
-    canonical_json,
-    digest_bytes,
-    read_json,
-    verify_file,
-    write_file,
-    write_json,
-)
+from headrace.storage import read_json, verify_file, write_file, write_json
 from headrace.training.checkpoint import Checkpoints
-from headrace.training.device import RandomStream, pick_device, torch_threads
+from headrace.training.device import RandomStream, torch_threads
+from headrace.training.distributed import ALONE, Ranks, current_ranks
 from headrace.training.loop import Losses, LossMeans, Outcome, train_network
 from headrace.training.params import TrainingParams, batch_rows_for
 
@@ -250,7 +245,8 @@ def fit_multihead(
     recorder: Recorder,
 ) -> MultiHeadModel:
     """Train a network on the learn folds of ``views``; see ``headrace.models.nn.fit``."""
-    device = pick_device(training.device)
+    ranks = current_ranks()
+    device = ranks.device(training.device)
     with torch_threads(training.threads):
         learner = open_multihead(
             views,
@@ -262,10 +258,14 @@ def fit_multihead(
             device=device,
             resources=resources,
             log=None if device.type == "cpu" else recorder.note,  # there is nothing to choose
+            warn=recorder.warn,
+            ranks=ranks,
         )
         config = learner.config
         _record(recorder, learner, device)
         learner.on_first = lambda batch: _record_batch(recorder, batch, views.encoded, checkpoints)
+        signature = _signature(config, training, views, target_weights, stop_on, device)
+        ranks.require_same("what is trained", f"{signature} {learner.data_digest}")
         outcome = train_network(
             learner,
             training,
@@ -273,10 +273,11 @@ def fit_multihead(
             stream=RandomStream(training.seed, _TRAIN, device=device),
             checkpoints=Checkpoints(
                 checkpoints,
-                signature=_signature(config, training, views, target_weights, stop_on, device),
+                signature=signature,
                 recorder=recorder,
             ),
             recorder=recorder,
+            ranks=ranks,
         )
     network = cast(MultiHead, learner.network)
     return MultiHeadModel(network, config, device=device, summary=_summary(outcome))
@@ -293,10 +294,12 @@ def open_multihead(
     device: torch.device,
     resources: Resources,
     log: Callable[[str], None] | None = None,
+    warn: Callable[[str], None] = warnings.warn,
+    ranks: Ranks = ALONE,
 ) -> "MultiHeadLearner":
     """Return what ``fit_multihead`` trains, before its first step: network, batches, losses.
 
-    ``log`` hears how batches reach the device.
+    ``log`` hears how batches reach the device, ``warn`` that reading processes died.
     """
     targets = views.contract.targets
     _refuse_unknown_targets(targets, target_weights, stop_on)
@@ -326,6 +329,8 @@ def open_multihead(
         transfer=training.transfer,
         resources=resources,
         log=log,
+        warn=warn,
+        ranks=ranks,
     )
 
 
@@ -385,15 +390,20 @@ class MultiHeadLearner:
         transfer: Mode,
         resources: Resources,
         log: Callable[[str], None] | None,
+        warn: Callable[[str], None],
+        ranks: Ranks,
     ) -> None:
         digest = views.contract.digest
         self.network: nn.Module = network
         self.config = config
         self._stream = BatchStream(
             views.encoded,
-            batch_size=batch_rows,
+            batch_size=ranks.share_of(batch_rows),
             seed=seed,
             rows=learn,
+            rank=ranks.rank,
+            num_ranks=ranks.size,
+            least_tail=2,  # the same batches for any number of ranks: norms and losses span them
             contract_digest=digest,
         )
         self._held_back = BatchStream(
@@ -401,9 +411,11 @@ class MultiHeadLearner:
             batch_size=_EVALUATE_ROWS,
             order="sequential",
             rows=stop,
+            rank=ranks.rank,
+            num_ranks=ranks.size,
             contract_digest=digest,
         )
-        self._loader = loader(self._stream, num_workers=resources.workers)
+        self._loader = loader(self._stream, num_workers=resources.workers, warn=warn)
         self.there = to_device(
             self._loader,
             device,
@@ -419,6 +431,8 @@ class MultiHeadLearner:
         self._device = device
         self.on_first: Callable[[Batch], None] | None = None  # hears the first batch of a run
         self.batch_rows = batch_rows
+        self.num_ranks = ranks.size
+        self.data_digest = self._stream.source.digest
         self.num_rows = self._stream.num_rows
         self.num_held_back = self._held_back.num_rows
         self.num_batches = len(self._stream)
@@ -456,7 +470,7 @@ class MultiHeadLearner:
         return Losses(sums, weights, self._factors)
 
     def validate(self) -> LossMeans:
-        """Return the losses over the rows of the stop fold."""
+        """Return the losses over this rank's rows of the stop fold."""
         means = LossMeans(dict(self._factors))
         self._held_back.set_position(0)
         for batch in self._held_back_there:
@@ -539,22 +553,18 @@ def _signature(
     target_weights: Mapping[str, float],
     stop_on: str,
     device: torch.device,
-) -> str:
-    """Digest of all that a checkpoint depends on and its folder's key may not say."""
+) -> dict[str, Any]:
+    """All that a checkpoint depends on and its folder's key may not say (the device, for one)."""
     loop = training.model_dump(mode="json", exclude={"checkpoint_minutes", "transfer"})
-    return digest_bytes(
-        canonical_json(
-            {
-                "config": config.model_dump(mode="json"),
-                "training": loop,
-                "contract": views.contract.digest,
-                "folds": [list(views.learn_folds), views.stop_fold],
-                "factors": dict(target_weights),
-                "stop_on": stop_on,
-                "device": device.type,
-            }
-        ).encode()
-    )
+    return {
+        "network": config.model_dump(mode="json"),
+        "training": loop,
+        "contract": views.contract.digest,
+        "folds": {"learn": list(views.learn_folds), "stop": views.stop_fold},
+        "target_weights": dict(target_weights),
+        "stop_on": stop_on,
+        "device": device.type,
+    }
 
 
 def _record(recorder: Recorder, learner: MultiHeadLearner, device: torch.device) -> None:
@@ -566,6 +576,7 @@ def _record(recorder: Recorder, learner: MultiHeadLearner, device: torch.device)
             "batch_rows": learner.batch_rows,
             "transfer": learner.there.choice.mode,
             "pinned_bytes": learner.there.pinned_bytes,
+            "ranks": learner.num_ranks,
             "parameters": sum(p.numel() for p in learner.network.parameters()),
         }
     )

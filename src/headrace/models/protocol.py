@@ -44,12 +44,13 @@ class Kind:
 
     module: str
     section: str
+    can_share: bool = False  # whether several ranks can fit it together, as torchrun starts them
 
 
 KINDS: Mapping[str, Kind] = {
     "baseline": Kind("headrace.models.baseline", "BaselineParams"),
     "catboost": Kind("headrace.models.catboost", "CatboostParams"),
-    "nn": Kind("headrace.models.nn", "NnParams"),
+    "nn": Kind("headrace.models.nn", "NnParams", can_share=True),
 }
 
 

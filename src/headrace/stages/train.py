@@ -85,22 +85,44 @@ def train(
         DataError: if a target cannot be learnt from the train rows, or a prediction is not finite.
         IntegrityError: if an input is damaged.
     """
-    kind = kind_module(model)
     source = open_table(table)
     contract = source.contract
-    folds, counts = count_labels(source)
-    stop_fold = choose_stop_fold(folds)
-    refuse_unlearnable(counts, stop_fold)
+    views = _views(source, encoded, cache)
     _record_inputs(recorder, source, encoded)
-    views = TrainViews(table, encoded, cache, contract, folds, stop_fold)
-    fitted = kind.fit(
+    fitted = kind_module(model).fit(
         views, params, checkpoints=checkpoints, resources=resources, recorder=recorder
     )
     with new_folder(out) as folder:
         save_model(fitted, folder, contract)
-        num_rows = _predict(fitted, model, source, encoded, folds, folder, recorder)
+        num_rows = _predict(fitted, model, source, encoded, views.folds, folder, recorder)
     names = tuple(target.name for target in contract.targets)
     return Trained(model, names, num_rows, fitted.summary)
+
+
+def assist(
+    table: Path,
+    encoded: Path,
+    params: Section,
+    *,
+    model: str,
+    cache: Path,
+    checkpoints: Path,
+    resources: Resources,
+    recorder: Recorder,
+) -> None:
+    """Take part in a fit whose first rank runs ``train``, and leave the writing to it."""
+    views = _views(open_table(table), encoded, cache)
+    kind_module(model).fit(
+        views, params, checkpoints=checkpoints, resources=resources, recorder=recorder
+    )
+
+
+def _views(table: Table, encoded: Path, cache: Path) -> TrainViews:
+    """Return what a fit may look at, once it is known that there is something to learn."""
+    folds, counts = count_labels(table)
+    stop_fold = choose_stop_fold(folds)
+    refuse_unlearnable(counts, stop_fold)
+    return TrainViews(table.folder, encoded, cache, table.contract, folds, stop_fold)
 
 
 def count_labels(table: Table) -> tuple[tuple[int, ...], tuple[LabelCounts, ...]]:

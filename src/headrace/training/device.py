@@ -51,12 +51,11 @@ class RandomStream:
     """
 
     def __init__(self, *path: int, device: torch.device) -> None:
-        seed = int(np.random.SeedSequence(path).generate_state(1, np.uint64)[0] >> 1)
+        self._path = path
+        self._device = device
         self._module = _random_module(device)
-        self._states = {"cpu": torch.Generator().manual_seed(seed).get_state()}
-        if self._module:
-            self._states["device"] = torch.Generator(device).manual_seed(seed).get_state()
         self._is_lent = False
+        self._states = self._seeded(path)
 
     @contextmanager
     def lent(self) -> Iterator[None]:
@@ -80,6 +79,17 @@ class RandomStream:
         self._states = {name: state.cpu() for name, state in states.items()}
         if self._is_lent:
             self._set(self._states)
+
+    def restart(self, *branch: int) -> None:
+        """Go to the start of the stream that ``branch`` names below this one's path."""
+        self.restore(self._seeded((*self._path, *branch)))
+
+    def _seeded(self, path: tuple[int, ...]) -> dict[str, torch.Tensor]:
+        seed = int(np.random.SeedSequence(path).generate_state(1, np.uint64)[0] >> 1)
+        states = {"cpu": torch.Generator().manual_seed(seed).get_state()}
+        if self._module:
+            states["device"] = torch.Generator(self._device).manual_seed(seed).get_state()
+        return states
 
     def _now(self) -> dict[str, torch.Tensor]:
         now = {"cpu": torch.get_rng_state()}

@@ -7,8 +7,12 @@ learn from; the weights of the best epoch are those that stay.
 
 A checkpoint holds all that the next step depends on: weights, optimiser, random stream, epoch and
 batches used, the sums of the running epoch, the best weights so far. A resumed run is bit-equal to
-an undisturbed one on a CPU with the same number of threads. Cost: three to four times the weights
-on disk, after each epoch and every ``checkpoint_minutes``.
+an undisturbed one on a CPU with the same number of threads. One is written every
+``checkpoint_minutes`` (see ``cadence``), when a signal asks to stop, and at the end. Cost: three to
+four times the weights on disk, at most 3 % of the time.
+
+Several processes may run the loop together (``distributed``): the same steps on each, gradients and
+losses of the global batch, checkpoints by the first alone. A checkpoint fits any number of them.
 """
 
 import math
@@ -23,9 +27,12 @@ from torch import nn
 
 from headrace.errors import DataError
 from headrace.record import MemoryRecorder, Recorder
+from headrace.training.cadence import Cadence
 from headrace.training.checkpoint import Checkpoints
 from headrace.training.device import RandomStream
+from headrace.training.distributed import ALONE, Ranks, weights_digest
 from headrace.training.params import TrainingParams
+from headrace.training.signals import HeldSignals, held_signals
 from headrace.training.stopping import EarlyStopping
 
 
@@ -75,6 +82,19 @@ class LossMeans:
         means = self.means()
         return sum(self.scales[n] * value for n, value in means.items() if self.weights[n] > 0)
 
+    def over(self, ranks: Ranks) -> "LossMeans":
+        """Return the means over the rows of all ranks; each has summed its own."""
+        if ranks.size == 1:
+            return self
+        names = list(self.scales)
+        own = [[part.get(name, 0.0) for name in names] for part in (self.sums, self.weights)]
+        sums, weights = ranks.summed(torch.tensor(own, dtype=torch.float64)).tolist()
+        return LossMeans(
+            self.scales,
+            dict(zip(names, sums, strict=True)),
+            dict(zip(names, weights, strict=True)),
+        )
+
 
 class RowBatch(Protocol):
     """What the loop itself needs of a batch."""
@@ -97,7 +117,7 @@ class Learner(Protocol):
         """Run the network on ``batch``; the sums carry gradients."""
 
     def validate(self) -> LossMeans:
-        """Return losses on the rows held back, in evaluation mode, without gradients."""
+        """Return losses on this rank's held-back rows, in evaluation mode, without gradients."""
 
 
 @dataclass(frozen=True)
@@ -118,19 +138,23 @@ def train_network(
     stream: RandomStream,
     checkpoints: Checkpoints,
     recorder: Recorder,
+    ranks: Ranks,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Outcome:
     """Train ``learner.network`` until it stops improving; leave the best weights in it.
 
     ``stop_on`` is ``loss`` (the total) or the name of one of the losses. Random numbers (dropout)
-    come from ``stream``.
+    come from ``stream``; with several ``ranks`` each draws its own, anew for every step. ``clock``
+    gives the seconds by which checkpoints are due. SIGINT and SIGTERM take effect between two
+    steps, after a checkpoint.
 
     Raises:
         DataError: if a loss is not finite, with the first row ids of the batch.
     """
-    run = _Run(learner, params, stop_on, stream, checkpoints, recorder)
-    with stream.lent():
+    with held_signals() as signals, stream.lent():
+        run = _Run(learner, params, stop_on, stream, checkpoints, recorder, ranks, clock, signals)
         run.resume()
-        while not run.stopping.is_over and run.epoch < params.max_epochs:
+        while not run.is_over:
             run.one_epoch()
     return run.finish()
 
@@ -143,7 +167,10 @@ def training_update(learner: Learner, params: TrainingParams) -> Callable[[Any],
     recorder = MemoryRecorder()
     unused = Checkpoints(Path(), signature="", recorder=recorder)
     stream = RandomStream(params.seed, device=_device_of(learner.network))
-    return _Run(learner, params, "loss", stream, unused, recorder)._update
+    run = _Run(
+        learner, params, "loss", stream, unused, recorder, ALONE, time.monotonic, HeldSignals()
+    )
+    return run._update
 
 
 def learning_rate(step: int, total_steps: int, params: TrainingParams) -> float:
@@ -168,7 +195,12 @@ class _Run:
         stream: RandomStream,
         checkpoints: Checkpoints,
         recorder: Recorder,
+        ranks: Ranks,
+        clock: Callable[[], float],
+        signals: HeldSignals,
     ) -> None:
+        ranks.share_norms(learner.network)
+        self._ranks = ranks
         self._learner = learner
         self._params = params
         self._stop_on = stop_on
@@ -178,11 +210,18 @@ class _Run:
         self._optimiser = _optimiser(learner.network, params)
         self._best: dict[str, torch.Tensor] = {}
         self._sums: LossMeans | None = None
-        self._saved_at = time.monotonic()
+        self._clock = clock
+        self._signals = signals
+        self._cadence = Cadence(60 * params.checkpoint_minutes, clock())
         self.stopping = EarlyStopping(params.patience)
         self.epoch = 0  # finished ones
         self.used = 0  # batches of the running epoch
         self.step = 0  # updates over all epochs
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no further epoch is wanted."""
+        return self.stopping.is_over or self.epoch >= self._params.max_epochs
 
     def one_epoch(self) -> None:
         """Finish the running epoch, validate, and keep the weights if they are the best."""
@@ -192,7 +231,7 @@ class _Run:
         for batch in learner.batches(self.epoch, used=self.used):
             self._update(batch)
             self.used += 1
-            num_rows += len(batch.row_id)
+            num_rows += len(batch.row_id) * self._ranks.size
             rate = num_rows / max(1e-9, time.monotonic() - began)
             self._recorder.progress(
                 self.epoch,
@@ -200,24 +239,27 @@ class _Run:
                 unit="epochs",
                 detail=f"batch {self.used}/{learner.num_batches}, {rate:,.0f} rows/s",
             )
-            if time.monotonic() - self._saved_at >= 60 * self._params.checkpoint_minutes:
-                self._save()
+            self._end_step()
+        self._require_same_weights()
         held_back = self._validate()
         self._log(held_back)
         value = held_back.total() if self._stop_on == "loss" else held_back.means()[self._stop_on]
         if self.stopping.see(self.epoch, value):
             self._best = _copy(network.state_dict())
         self.epoch, self.used, self._sums = self.epoch + 1, 0, None
-        self._save()
+        self._end_step()
         self._recorder.progress(
             self.epoch, self._params.max_epochs, unit="epochs", detail=f"loss {value:.5g}"
         )
 
     def resume(self) -> None:
         """Go on from the newest whole checkpoint, if there is one."""
-        state = self._checkpoints.load()
-        if state is None:
-            return
+        state = self._ranks.from_first(self._checkpoints.load)
+        if state is not None:
+            self._take_over(state)
+        self._require_same_weights()
+
+    def _take_over(self, state: Mapping[str, Any]) -> None:
         self._learner.network.load_state_dict(state["network"])
         self._optimiser.load_state_dict(state["optimiser"])
         self._stream.restore(state["stream"])
@@ -230,6 +272,12 @@ class _Run:
         if state["sums"] is not None:
             self._sums = LossMeans(**state["sums"])
         self._recorder.note(f"Resumed in epoch {self.epoch + 1} after {self.used} batches.")
+        if (before := state.get("ranks", 1)) != self._ranks.size:
+            self._recorder.note(
+                f"The checkpoint was written by {before} ranks and goes on with "
+                f"{self._ranks.size}: the same rows in the same batches, sums rounded in another "
+                f"order, other dropout masks."
+            )
 
     def finish(self) -> Outcome:
         """Put the best weights back and say how it went."""
@@ -255,26 +303,61 @@ class _Run:
         for group in self._optimiser.param_groups:
             group["lr"] = rate
         self._optimiser.zero_grad(set_to_none=True)
+        if self._ranks.size > 1:
+            self._stream.restart(self._ranks.rank, self.step)
         losses = self._learner.losses(batch)
-        total = losses.total()
-        if not math.isfinite(float(total.detach())):
-            raise DataError(
-                f"the training loss is {float(total.detach())} in epoch {self.epoch + 1}, batch "
-                f"{self.used + 1}; first row ids: {[str(int(i)) for i in batch.row_id[:5]]}. Look "
-                f"at these rows for extreme values, or set a smaller learning_rate"
-            )
+        whole, total = self._over_ranks(losses)
+        value = float((total if whole is losses else whole.total()).detach())
+        if not math.isfinite(value):
+            raise self._not_finite(value, total, batch)
         torch.autograd.backward(total)
+        self._ranks.sum_gradients(self._learner.network)
         nn.utils.clip_grad_norm_(self._learner.network.parameters(), self._params.clip_norm)
         self._optimiser.step()
         self.step += 1
         if self._sums is None:
             self._sums = LossMeans(dict(losses.scales))
-        self._sums.add(losses)
+        self._sums.add(whole)
+
+    def _over_ranks(self, losses: Losses) -> tuple[Losses, torch.Tensor]:
+        """Return the losses of the global batch, and this rank's part of their total.
+
+        The parts divide by the weights of the global batch, so they and their gradients add up.
+        """
+        if self._ranks.size == 1:
+            return losses, losses.total()
+        names = list(losses.sums)
+        own = [losses.sums[name].detach() for name in names]
+        own += [losses.weights[name] for name in names]
+        summed = self._ranks.summed(torch.stack(own).double())
+        sums, weights = summed[: len(names)], summed[len(names) :]
+        whole = Losses(
+            dict(zip(names, sums, strict=True)),
+            dict(zip(names, weights, strict=True)),
+            losses.scales,
+        )
+        shares = {name: whole.weights[name].to(losses.sums[name].dtype) for name in names}
+        return whole, Losses(losses.sums, shares, losses.scales).total()
+
+    def _not_finite(self, value: float, own: torch.Tensor, batch: Any) -> DataError:
+        """Name the rows of the first rank whose part of the loss is not finite."""
+        first_rows = [str(int(i)) for i in batch.row_id[:5]]
+        found = self._ranks.gathered((math.isfinite(float(own.detach())), first_rows))
+        first_rows = next((rows for is_finite, rows in found if not is_finite), first_rows)
+        return DataError(
+            f"the training loss is {value} in epoch {self.epoch + 1}, batch {self.used + 1}; first "
+            f"row ids: {first_rows}. Look at these rows for extreme values, or set a smaller "
+            f"learning_rate"
+        )
+
+    def _require_same_weights(self) -> None:
+        if self._ranks.size > 1:
+            self._ranks.require_same("the network", weights_digest(self._learner.network))
 
     def _validate(self) -> LossMeans:
         self._learner.network.eval()
         with torch.no_grad():
-            return self._learner.validate()
+            return self._learner.validate().over(self._ranks)
 
     def _log(self, held_back: LossMeans) -> None:
         learnt = self._sums
@@ -289,7 +372,17 @@ class _Run:
             step=self.epoch + 1,
         )
 
+    def _end_step(self) -> None:
+        """Save if it is time, training is over or a signal came; obey the signal."""
+        began = self._clock()
+        if self._cadence.is_due(began) or self.is_over or self._signals.is_stop_asked:
+            self._save()
+            self._cadence.saved(began, self._clock())
+        self._signals.release()
+
     def _save(self) -> None:
+        if not self._ranks.is_first:
+            return
         sums = self._sums
         self._checkpoints.save(
             {
@@ -301,6 +394,7 @@ class _Run:
                 "epoch": self.epoch,
                 "used": self.used,
                 "step": self.step,
+                "ranks": self._ranks.size,
                 "sums": None
                 if sums is None
                 else {
@@ -310,7 +404,6 @@ class _Run:
                 },
             }
         )
-        self._saved_at = time.monotonic()
 
 
 def _optimiser(network: nn.Module, params: TrainingParams) -> torch.optim.Optimizer:

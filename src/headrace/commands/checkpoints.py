@@ -1,0 +1,163 @@
+"""Which checkpoints a training stage goes on from: those of its own stage key, and no others.
+
+Each key has a folder of its own below ``.headrace/checkpoints/STAGE``. Beside the checkpoints lies
+``key.json``, the entry whose digest is the key: inputs, parameters and code of the stage. So a run
+that finds only checkpoints of another key can say what differs. Of those other folders the newest
+stays, for whoever tries a parameter and goes back; the rest is removed when a run starts, and all
+of them when the stage has finished.
+"""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from headrace.errors import ConfigError, HeadraceError
+from headrace.lineage import code_digests, stage_modules, value_changes
+from headrace.params import Section
+from headrace.project import Project
+from headrace.record import Recorder
+from headrace.storage import (
+    canonical_json,
+    digest_bytes,
+    folder_digest,
+    new_file,
+    read_json,
+    write_json,
+)
+
+KEY = "key.json"
+_MOST_CHANGES = 4  # that one line names
+_MOST_LETTERS = 100  # of one of them
+_UNKNOWN = "nothing beside it says with which data, parameters and code it was made"
+
+
+def stage_entry(
+    project: Project, stage: str, section: Section, inputs: list[Path]
+) -> Mapping[str, Any]:
+    """Return what the result of ``stage`` depends on; its digest is the stage key.
+
+    Made from the files themselves, so it is the same under DVC and without it.
+    """
+    return {
+        "stage": stage,
+        "inputs": {
+            folder.relative_to(project.root).as_posix(): folder_digest(folder) for folder in inputs
+        },
+        "parameters": {stage.replace("@", "."): section.model_dump(mode="json")},
+        "code": code_digests(*stage_modules(stage)),
+    }
+
+
+def own_folder(project: Project, stage: str, entry: Mapping[str, Any]) -> Path:
+    """Return where the checkpoints of ``entry`` lie; nothing is read or written."""
+    return project.checkpoints / stage / digest_bytes(canonical_json(entry).encode())[:16]
+
+
+def checkpoint_folder(
+    project: Project,
+    stage: str,
+    entry: Mapping[str, Any],
+    *,
+    resume: Path | None,
+    recorder: Recorder,
+) -> Path:
+    """Return the folder of the checkpoints that belong to ``entry``, ready for use.
+
+    Where it is empty and there is a checkpoint of another key, one warning names that checkpoint
+    and what differs. ``resume`` is a checkpoint, or a folder of them, to start from.
+
+    Raises:
+        ConfigError: if ``resume`` is missing, or of another key, naming what differs.
+    """
+    folder = own_folder(project, stage, entry)
+    given = None if resume is None else _given_file(resume, entry)
+    newest = _keep_newest_other(folder)
+    if given is None and newest is not None and not _files(folder):
+        recorder.warn(
+            f"checkpoint {newest.relative_to(project.root)} is not used, and training starts "
+            f"fresh: {_differences(newest, entry)}"
+        )
+    write_json(folder / KEY, entry)
+    if given is not None:
+        _import(given, folder)
+    return folder
+
+
+def require_resumable(stage: str, resumable: list[str]) -> None:
+    """Refuse ``--resume`` for a stage that takes no checkpoint.
+
+    Raises:
+        ConfigError: naming the stages of the project that do.
+    """
+    if stage not in resumable:
+        known = f"those that do: {', '.join(resumable)}" if resumable else "no stage here does"
+        raise ConfigError(f"stage {stage} does not take a checkpoint with --resume; {known}")
+
+
+def _given_file(resume: Path, entry: Mapping[str, Any]) -> Path:
+    from headrace.training.checkpoint import BEFORE, NEWEST
+
+    names = [resume / NEWEST, resume / BEFORE] if resume.is_dir() else [resume]
+    path = next((path for path in names if path.is_file()), None)
+    if path is None:
+        lacks = f"holds neither {NEWEST} nor {BEFORE}" if resume.is_dir() else "is not there"
+        raise ConfigError(f"--resume {resume} {lacks}; give a checkpoint or the folder of one")
+    if differs := _differences(path.parent, entry):
+        raise ConfigError(
+            f"--resume {resume} is refused, for it belongs to another stage key: {differs}. Undo "
+            f"that, or run without --resume to start fresh"
+        )
+    return path
+
+
+def _import(given: Path, folder: Path) -> None:
+    from headrace.training.checkpoint import GIVEN
+
+    with given.open("rb") as source, new_file(folder / GIVEN) as target:
+        shutil.copyfileobj(source, target)
+
+
+def _differences(folder: Path, entry: Mapping[str, Any]) -> str:
+    """Return what differs between the key of ``folder`` and ``entry``; empty if nothing."""
+    try:
+        found = read_json(folder / KEY)
+    except HeadraceError:
+        return _UNKNOWN
+    if not isinstance(found, Mapping) or not found.keys() >= entry.keys():
+        return _UNKNOWN
+    told = []
+    if found["stage"] != entry["stage"]:
+        return f"it is of stage {found['stage']}"
+    for name, change in value_changes("", found["parameters"], entry["parameters"]):
+        told.append(f"parameter {name} {change}")
+    for kind in ("inputs", "code"):
+        names = [name for name, _ in value_changes("", found[kind], entry[kind])]
+        told += [f"{kind.removesuffix('s')} {name} changed" for name in names]
+    told = [text if len(text) <= _MOST_LETTERS else f"{text[:_MOST_LETTERS]}…" for text in told]
+    beyond = len(told) - _MOST_CHANGES
+    return "; ".join(told[:_MOST_CHANGES]) + (f"; and {beyond} more" if beyond > 0 else "")
+
+
+def _keep_newest_other(folder: Path) -> Path | None:
+    """Of the folders beside ``folder``, keep and return the one with the newest checkpoint."""
+    others = list(folder.parent.iterdir()) if folder.parent.is_dir() else []
+    ages = {
+        other: max(path.stat().st_mtime for path in files)
+        for other in others
+        if other != folder and (files := _files(other))
+    }
+    newest = max(ages, key=lambda other: ages[other], default=None)
+    for other in others:
+        if other not in (folder, newest):
+            shutil.rmtree(other, ignore_errors=True)
+    return newest
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return the checkpoints and snapshots in ``folder``, not what a kill left half-written."""
+    return [
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != KEY and not path.name.startswith(".new-")
+    ]
