@@ -73,8 +73,8 @@ def _kills(folder: Path, quick: bool) -> list[Row]:
 
 
 def _costs(folder: Path, quick: bool) -> list[Row]:
-    views = _views(folder, 40_000 if quick else 120_000)
-    epochs = 3 if quick else 8
+    views = _views(folder, 40_000 if quick else 80_000)
+    epochs = 3 if quick else 5
     saved: list[tuple[float, float]] = []  # wall and CPU seconds of each save of the last run
     calls = 0
 
@@ -101,7 +101,7 @@ def _costs(folder: Path, quick: bool) -> list[Row]:
 
     timings = measure(
         {"no checkpoint": lambda: train(NEVER), "one a second": with_checkpoints},
-        2 if quick else 5,
+        2 if quick else 3,
     )
     ratio = ratio_row("", timings["one a second"], timings["no checkpoint"])
     result = []
