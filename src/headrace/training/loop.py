@@ -138,7 +138,7 @@ def train_network(
     stream: RandomStream,
     checkpoints: Checkpoints,
     recorder: Recorder,
-    ranks: Ranks,
+    ranks: Ranks = ALONE,
     clock: Callable[[], float] = time.monotonic,
 ) -> Outcome:
     """Train ``learner.network`` until it stops improving; leave the best weights in it.
