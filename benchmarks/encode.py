@@ -1,9 +1,9 @@
 """Parquet to encoded shards, and category codes alone, beside pandas and Arrow.
 
-The stage runs whole; its time is cut where it tells its progress: fit, then transform and write,
-then digests and fsync. The encode rows count the transform and write alone. The pandas way runs
-on one file of the foreign table, is scaled per row, and writes nothing. "foreign" is pyarrow's zstd
-default, "ours" what the stage ``reduce`` writes.
+The stage runs whole, and its time is cut where it opens the first writer and where it has told
+that the last split is done: fit, transform and write, digests and fsync. The encode rows count the
+transform and write alone. The pandas way runs on one file of the foreign table, is scaled per row,
+and writes nothing. "foreign" is pyarrow's zstd default, "ours" what the stage ``reduce`` writes.
 
 Before the category codes are timed, all ways must give equal codes, nulls and unknowns included.
 """
@@ -14,7 +14,10 @@ import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -39,10 +42,11 @@ from benchmarks._rates import rate_row, share_row, times_row
 from benchmarks._table import TARGET, TEXTS, make_rows
 from benchmarks.harness import Row, Timing, arguments, measure, report
 from headrace.data.encoder import MISSING, UNKNOWN, Encoder, fit_encoder
+from headrace.data.shards import SHARD_SPLITS, ShardWriter
 from headrace.data.table import Table, open_table
 from headrace.params import Resources
 from headrace.record import MemoryRecorder
-from headrace.stages.encode import EncodeParams, encode
+from headrace.stages import encode as stage
 from headrace.storage import folder_digest, new_folder, write_file
 
 CODE_ROWS = 4000
@@ -64,8 +68,9 @@ class PhaseClock(MemoryRecorder):
 
     def phases(self) -> list[tuple[float, float]]:
         """Return CPU and wall seconds of each of ``PHASES``."""
-        fits = [i for i, (name, *_) in enumerate(self.marks) if name == "fit"]
-        cuts = [self.marks[i] for i in (0, fits[-1], -2, -1)]
+        names = [name for name, *_ in self.marks]
+        splits = [i for i, name in enumerate(names) if name in SHARD_SPLITS]
+        cuts = [self.marks[i] for i in (0, names.index("write"), splits[-1], -1)]
         return [(b[1] - a[1], b[2] - a[2]) for a, b in itertools.pairwise(cuts)]
 
 
@@ -82,10 +87,12 @@ class EncodeRuns:
     def __call__(self) -> int:
         clock = PhaseClock()
         clock.mark("start")
-        encode(
-            self.table.folder, self.out, EncodeParams(),
-            resources=Resources(threads=self.threads), recorder=clock,
-        )  # fmt: skip
+        writer = partial(_marked, stage.ShardWriter, clock)
+        with mock.patch.object(stage, "ShardWriter", writer):
+            stage.encode(
+                self.table.folder, self.out, stage.EncodeParams(),
+                resources=Resources(threads=self.threads), recorder=clock,
+            )  # fmt: skip
         clock.mark("end")
         self.runs.append(clock.phases())
         return self.num_rows
@@ -97,6 +104,12 @@ class EncodeRuns:
         timing = Timing(f"{name}: {phase}", cpu, wall, self.num_rows)
         print(timing)
         return timing
+
+
+def _marked(kind: type[ShardWriter], clock: PhaseClock, *args: Any, **settings: Any) -> ShardWriter:
+    """Make the writer of a split, which is where fitting has ended."""
+    clock.mark("write")
+    return kind(*args, **settings)
 
 
 def encode_rows(folders: Folders, repeats: int) -> list[Row]:
