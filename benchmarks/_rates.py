@@ -38,10 +38,12 @@ def times_row(
     return Row(figure, statistics.median(ratios), "x", must, goal, reference=reference)
 
 
-def share_row(figure: str, ours: Timing, limit: Timing, *, goal: float | None = None) -> Row:
-    """Our rows per CPU-second as a share of the limit's: median over turns."""
-    shares = _ratios(seconds_per_row(limit), seconds_per_row(ours))
-    reference = f"{limit.name}, per row, cpu; {min(shares):.2f}-{max(shares):.2f}"
+def share_row(
+    figure: str, ours: Timing, limit: Timing, *, clock: Clock = "cpu", goal: float | None = None
+) -> Row:
+    """Our rows per second as a share of the limit's: median over turns."""
+    shares = _ratios(seconds_per_row(limit, clock), seconds_per_row(ours, clock))
+    reference = f"{limit.name}, per row, {clock}; {min(shares):.2f}-{max(shares):.2f}"
     return Row(figure, statistics.median(shares), "of it", goal=goal, reference=reference)
 
 

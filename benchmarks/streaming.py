@@ -166,9 +166,11 @@ def flights_rows(repeats: int) -> list[Row]:
 
 def others_rows(quick: bool) -> list[Row]:
     """Resuming in mid-epoch, diagnosis and the device, each from its own module."""
-    from benchmarks import _device, _diagnose, _resume
-
-    return [row for module in (_resume, _diagnose, _device) for row in module.rows(quick)]
+    names = [
+        name for name in ("_resume", "_diagnose", "_device") if find_spec(f"benchmarks.{name}")
+    ]
+    modules = [import_module(f"benchmarks.{name}") for name in names]
+    return [row for module in modules for row in module.rows(quick)]
 
 
 def _epoch(batches: Any) -> Callable[[], int]:
@@ -181,7 +183,7 @@ def _dense(batches: Any) -> int:
 
 
 def _direct(table: Table, encoded: Path) -> Any:
-    return stream(table.folder, batch_size=BATCH_ROWS, order="window", encoder=encoded)
+    return _fresh.opened(str(table.folder), "window", str(encoded))
 
 
 def _tensors(encoded: Path) -> tuple[torch.Tensor, ...]:
