@@ -10,6 +10,8 @@ HF datasets is compared where it is installed (``pip install datasets``).
 
 import sys
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -166,10 +168,8 @@ def flights_rows(repeats: int) -> list[Row]:
 
 def others_rows(quick: bool) -> list[Row]:
     """Resuming in mid-epoch, diagnosis and the device, each from its own module."""
-    names = [
-        name for name in ("_resume", "_diagnose", "_device") if find_spec(f"benchmarks.{name}")
-    ]
-    modules = [import_module(f"benchmarks.{name}") for name in names]
+    names = [f"benchmarks.{name}" for name in ("_resume", "_diagnose", "_device")]
+    modules = [import_module(name) for name in names if find_spec(name)]
     return [row for module in modules for row in module.rows(quick)]
 
 
