@@ -166,7 +166,7 @@ def test_chosen_rows_are_all_that_comes(folder, order):
     ("rows", "message"),
     [
         ([True, False], "a mask has one entry per row"),
-        ([3, 2], "rows must be ascending numbers from 0 to 499, each once"),
+        ([3, 2], "rows must be ascending row numbers of the split, each once"),
         ([3, 3], "must be ascending"),
         ([499, 500], "must be ascending"),
         ([-1], "must be ascending"),

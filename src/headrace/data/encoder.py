@@ -25,6 +25,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
@@ -37,11 +38,13 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from headrace.data.layout import Packed, RowLayout, row_layout
+from headrace.data.layout import Buffers, Packed, RowLayout, row_layout
 from headrace.data.parallel import in_order
 from headrace.data.table import Span, Table
 from headrace.errors import DataError, IntegrityError, SchemaError, nearest
-from headrace.kernels.encode import TILE_ROWS, count_indices, moments, remap, standardise
+from headrace.kernels.arrow import DICTIONARY, ColumnTable
+from headrace.kernels.encode import KINDS, count_indices, fill_codes, fill_numeric, moments
+from headrace.kernels.encode import scale as scale_column
 from headrace.params import Section
 from headrace.schema import (
     CONTRACT,
@@ -66,7 +69,8 @@ Rows: TypeAlias = pa.RecordBatch | pa.Table
 Result = TypeVar("Result")
 Floats: TypeAlias = npt.NDArray[np.float64]
 
-_BATCH_BYTES = 32 << 20  # of float64 cells; fixed, because means are merged batch by batch
+_BATCH_BYTES = 4 << 20  # of float64 cells; fixed, because means are merged batch by batch
+_LEAST_BATCH_ROWS = 4096
 _NO_NULLS = np.empty(0, np.uint8)
 _MAX_COUNTED_LABELS = 2_000_000  # a category with more is counted approximately
 
@@ -135,11 +139,27 @@ class CategoryCodes(Section):
         return len(self.labels) + FIRST_LABEL
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """How the inputs lie in batches of one schema: K inputs, numeric ones first."""
+
+    schema: pa.Schema
+    is_converted: bool  # to columns of the inputs alone, in types that the kernels read
+    places: npt.NDArray[np.int64]  # (K,) among the columns
+    kinds: npt.NDArray[np.int64]  # (K,) of the values, or of the dictionary indices
+    widths: npt.NDArray[np.int64]  # (K,) bytes of one
+
+
 class _Held(threading.local):
-    """Look-up tables of the dictionaries that a thread is at, by the place of their category."""
+    """What a thread keeps from batch to batch: how they lie, and tables of their dictionaries."""
 
     def __init__(self) -> None:
-        self.luts: dict[int, tuple[pa.Array, npt.NDArray[Any]]] = {}
+        self.plan: _Plan | None = None
+        self.buffers: Buffers | None = None
+        self.luts: dict[int, tuple[pa.Array, npt.NDArray[Any]]] = {}  # by the category's place
+        self.keys: npt.NDArray[np.int64] | None = None  # (C, 3), where the dictionaries lie
+        self.tables: npt.NDArray[Any] = np.empty(0, np.uint8)
+        self.starts = np.zeros(1, np.int64)
 
 
 class _Fitted(Section):
@@ -172,6 +192,7 @@ class Encoder:
         self.codes_dtype = _narrowest([category.cardinality for category in categories])
         self._labels = [pa.array(category.labels, pa.string()) for category in categories]
         self._held = _Held()
+        self._rates = np.array([(s.mean, 1 / s.std) for s in scales]).reshape(len(scales), 2)
         self.layout = row_layout(
             num_targets=len(contract.targets),
             num_numeric=len(scales),
@@ -234,6 +255,15 @@ class Encoder:
     def transform_counted(self, rows: Rows) -> tuple[EncodedBatch, npt.NDArray[np.int64]]:
         """Encode rows and also count, per numeric input, the numbers that became NaN by it."""
         packed_BR = self.layout.empty(rows.num_rows)
+        num_infinite = self.fill(rows, packed_BR)
+        return EncodedBatch(packed_BR, self.layout), num_infinite
+
+    def transform_reusing(self, rows: Rows) -> tuple[EncodedBatch, npt.NDArray[np.int64]]:
+        """Do what ``transform_counted`` does, in memory of a batch that is held no longer."""
+        buffers = self._held.buffers
+        if buffers is None:
+            buffers = self._held.buffers = Buffers(self.layout)
+        packed_BR = buffers.take(rows.num_rows)
         num_infinite = self.fill(rows, packed_BR)
         return EncodedBatch(packed_BR, self.layout), num_infinite
 
@@ -315,38 +345,90 @@ class Encoder:
         self, part: pa.RecordBatch, out_BN: npt.NDArray[np.float32], out_BC: npt.NDArray[Any]
     ) -> npt.NDArray[np.int64]:
         """Write numbers and codes of ``part``; return how many of each input became NaN."""
-        numbers = [_buffers(_plain(part.column(scale.name))) for scale in self.scales]
-        indices = []
-        for j, category in enumerate(self.categories):
-            values = _dictionary(part.column(category.name))
-            indices.append((*_buffers(values.indices), self._lut(j, values.dictionary)))
-        num_infinite = np.zeros(len(numbers), np.int64)
-        for start in range(0, part.num_rows, TILE_ROWS):
-            tile = slice(start, start + TILE_ROWS)
-            for j, ((x_B, valid, first), scale) in enumerate(
-                zip(numbers, self.scales, strict=True)
-            ):
-                num_infinite[j] += standardise(
-                    x_B[tile], valid, first + start, scale.mean, scale.std, out_BN[tile, j]
-                )
-            for j, (index_B, valid, first, lut) in enumerate(indices):
-                remap(index_B[tile], valid, first + start, lut, out_BC[tile, j])
-        return num_infinite
+        num_outside = np.zeros(len(self.scales), np.int64)
+        plan = self._held.plan
+        if plan is None or not part.schema.equals(plan.schema):
+            plan = self._held.plan = self._plan(part.schema)
+        if plan.is_converted:
+            part = pa.RecordBatch.from_arrays(
+                [
+                    *(_plain(part.column(scale.name)) for scale in self.scales),
+                    *(_dictionary(part.column(category.name)) for category in self.categories),
+                ],
+                names=self.inputs,
+            )
+        columns = ColumnTable(part, plan.places)
+        num_numeric = len(self.scales)
+        fill_numeric(
+            columns.table[:num_numeric],
+            plan.kinds[:num_numeric],
+            plan.widths[:num_numeric],
+            self._rates,
+            out_BN,
+            num_outside,
+        )
+        tables, starts = self._tables(part, plan, columns.table[num_numeric:])
+        fill_codes(
+            columns.table[num_numeric:],
+            plan.kinds[num_numeric:],
+            plan.widths[num_numeric:],
+            tables,
+            starts,
+            out_BC,
+        )
+        return num_outside
+
+    def _plan(self, schema: pa.Schema) -> "_Plan":
+        """Say how the inputs lie in batches of ``schema``, and whether they must be converted."""
+        self._require_inputs(schema)
+        places = np.array([schema.get_field_index(name) for name in self.inputs], np.int64)
+        types = [schema.field(place).type for place in places.tolist()]
+        numbers, categories = types[: len(self.scales)], types[len(self.scales) :]
+        is_converted = any(str(kind) not in KINDS for kind in numbers) or not all(
+            pa.types.is_dictionary(kind) and pa.types.is_string(kind.value_type)
+            for kind in categories
+        )
+        if is_converted:
+            places = np.arange(len(types), dtype=np.int64)
+            empty = schema.empty_table()
+            numbers = [_plain(_whole(empty.column(scale.name))).type for scale in self.scales]
+            categories = [
+                _dictionary(_whole(empty.column(category.name))).type
+                for category in self.categories
+            ]
+        names = [str(kind) for kind in (*numbers, *(kind.index_type for kind in categories))]
+        kinds = np.array([KINDS[name] for name in names], np.int64)
+        widths = [pa.type_for_alias(name).bit_width // 8 for name in names]
+        return _Plan(schema, is_converted, places, kinds, np.array(widths, np.int64))
+
+    def _tables(
+        self, part: pa.RecordBatch, plan: "_Plan", columns_C6: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+        """Return the look-up tables of the batch's dictionaries, and where each begins."""
+        held = self._held
+        keys_C3 = columns_C6[:, DICTIONARY:]
+        if held.keys is not None and np.array_equal(held.keys, keys_C3):
+            return held.tables, held.starts
+        known = held.keys
+        for j, place in enumerate(plan.places[len(self.scales) :].tolist()):
+            # Holding the dictionary keeps its memory from being reused, so the same address is the
+            # same content.
+            if known is None or not np.array_equal(known[j], keys_C3[j]):
+                dictionary = part.column(place).dictionary
+                held.luts[j] = (dictionary, self._lut(j, dictionary))
+        parts = [held.luts[j][1] for j in range(len(self.categories))]
+        held.keys = keys_C3.copy()
+        held.starts = np.array([0, *accumulate(len(lut) for lut in parts)], np.int64)
+        held.tables = np.concatenate([np.empty(0, self.codes_dtype), *parts])
+        return held.tables, held.starts
 
     def _lut(self, j: int, dictionary: pa.Array) -> npt.NDArray[Any]:
         """Return the codes of a dictionary's values, and after them that of null."""
-        held, lut = self._held.luts.get(j, (None, None))
-        if lut is not None and _is_same_memory(held, dictionary):
-            return lut
         text = label_text(_rounded_as_fitted(dictionary, self.categories[j].dtype))
         found = pc.index_in(text, value_set=self._labels[j])
         codes = pc.fill_null(pc.add(found, FIRST_LABEL), UNKNOWN)
         codes = pc.if_else(pc.is_valid(text), codes, MISSING)
-        lut = np.append(codes.to_numpy(zero_copy_only=False), MISSING).astype(self.codes_dtype)
-        # Holding the dictionary keeps its memory from being reused, so the same address is the
-        # same content.
-        self._held.luts[j] = (dictionary, lut)
-        return lut
+        return np.append(codes.to_numpy(zero_copy_only=False), MISSING).astype(self.codes_dtype)
 
     def _targets(self, rows: Rows, num_rows: int) -> npt.NDArray[np.float64]:
         out_BT = np.full((num_rows, len(self.targets)), np.nan)
@@ -453,7 +535,7 @@ def encode_batches(
 
     Batches are cut by the width of a row and the file's row groups alone.
     """
-    batch_rows = min(65_536, max(TILE_ROWS, _BATCH_BYTES // (max(1, len(columns)) * 8)))
+    batch_rows = min(65_536, max(_LEAST_BATCH_ROWS, _BATCH_BYTES // (max(1, len(columns)) * 8)))
     dictionaries = [name for name in table.contract.named("category") if name in columns]
 
     def of_span(span: Span) -> Iterator[Result]:
@@ -647,7 +729,7 @@ class _Sample:
             finite = values[np.isfinite(values)]
             knots = np.quantile(finite if len(finite) else [scale.low, scale.high], steps)
             knots[[0, -1]] = scale.low, scale.high
-            standardise(knots, _NO_NULLS, 0, scale.mean, scale.std, out_NQ[j])
+            scale_column(knots, scale.mean, 1 / scale.std, out_NQ[j])
         return out_NQ
 
 
@@ -745,13 +827,6 @@ def _rounded_as_fitted(values: pa.Array, fitted_dtype: str) -> pa.Array:
     if not (pa.types.is_floating(kind) and pa.types.is_floating(values.type)):
         return values
     return values.cast(kind, safe=False) if kind.bit_width < values.type.bit_width else values
-
-
-def _is_same_memory(a: pa.Array, b: pa.Array) -> bool:
-    if len(a) != len(b) or a.offset != b.offset or a.type != b.type:
-        return False
-    pairs = zip(a.buffers(), b.buffers(), strict=True)
-    return all(x is y or (x and y and x.address == y.address) for x, y in pairs)
 
 
 def _identity(rows: Rows, num_rows: int) -> npt.NDArray[np.int64]:

@@ -8,6 +8,7 @@ zeros to a multiple of 8 bytes.
 Legend: B rows, R bytes of a row, T targets, N numeric inputs, C categories.
 """
 
+import sys
 from typing import Annotated, Any, Literal, TypeAlias
 
 import numpy as np
@@ -20,6 +21,8 @@ Packed: TypeAlias = npt.NDArray[np.uint8]
 NumericDtype: TypeAlias = Literal["<f4", "<f2"]
 
 _ALIGNMENT = 8
+_KEPT_BUFFERS = 4
+_OWN_REFERENCES = 3
 
 
 class RowField(Section):
@@ -64,6 +67,30 @@ class RowLayout(Section):
         last = max(self.fields, key=lambda field: field.offset + field.num_bytes)
         packed_BR[:, last.offset + last.num_bytes :] = 0
         return packed_BR
+
+
+class Buffers:
+    """Buffers of packed rows, used again when nothing refers to one any more.
+
+    A fresh buffer of some megabytes costs page faults, up to as much as filling it.
+    """
+
+    def __init__(self, layout: RowLayout) -> None:
+        self._layout = layout
+        self._kept: list[Packed] = []
+
+    def take(self, num_rows: int) -> Packed:
+        """Return a buffer of ``num_rows`` rows that nobody else holds; what pads rows is zero."""
+        for buffer in self._kept:
+            # Referred to by the list, by the loop and by the argument: by nobody else.
+            if len(buffer) >= num_rows and sys.getrefcount(buffer) == _OWN_REFERENCES:
+                return buffer[:num_rows]
+        buffer = self._layout.empty(num_rows)
+        self._kept = [*self._kept[-(_KEPT_BUFFERS - 1) :], buffer]
+        return buffer[:num_rows]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_layout": self._layout, "_kept": []}
 
 
 def row_layout(

@@ -66,9 +66,10 @@ class ParquetRows:
         self._threads = threads
         self._starts = np.array([0, *accumulate(self.sizes)], np.int64)
         self._held: dict[int, Packed] = {}  # the spans used last, latest at the end
+        self._free: list[Packed] = []  # buffers of spans that were dropped
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_held": {}}
+        return self.__dict__ | {"_held": {}, "_free": []}
 
     def gather(self, rows: npt.NDArray[np.int64], out_BR: Packed) -> None:
         """Copy the given rows, packed, to the first of the contiguous ``out_BR``.
@@ -96,7 +97,7 @@ class ParquetRows:
     def keep(self, num_spans: int) -> None:
         """Drop the spans used longest ago, down to ``num_spans``."""
         for span in list(self._held)[: max(0, len(self._held) - num_spans)]:
-            del self._held[span]
+            self._free.append(self._held.pop(span))
 
     def _hold(self, needed: list[int]) -> None:
         for span in needed:
@@ -112,11 +113,19 @@ class ParquetRows:
         with ThreadPoolExecutor(self._threads, thread_name_prefix="decode") as pool:
             self._held |= zip(missing, pool.map(self._decode, missing), strict=True)
 
+    def _buffer(self, num_rows: int) -> Packed:
+        """Return memory for a span; a fresh one costs page faults, up to as much as filling it."""
+        while self._free:
+            free = self._free.pop()  # one too short is let go
+            if len(free) >= num_rows:
+                return free[:num_rows]
+        return self.schema.rows.empty(num_rows)
+
     def _decode(self, place: int) -> Packed:
         span = self._spans[place]
         present = span.columns
         columns = [name for name in self._encoder.columns if name in present]
-        packed_BR = self.schema.rows.empty(span.num_rows)
+        packed_BR = self._buffer(span.num_rows)
         start = 0
         for batch in span.batches(
             columns, batch_rows=_BATCH_ROWS, dictionaries=self.schema.categories

@@ -14,7 +14,6 @@ that was broken off is continued by the next pass.
 
 import contextlib
 import queue
-import sys
 import threading
 import time
 import warnings
@@ -29,7 +28,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from headrace.data.encoder import EncodedBatch, Encoder
-from headrace.data.layout import Packed, RowLayout
+from headrace.data.layout import Buffers, Packed, RowLayout
 from headrace.data.order import KINDS, Cut, Kind, Position, RowOrder
 from headrace.data.parquet import ParquetRows, open_parquet
 from headrace.data.sampling import Sampling, sampled
@@ -37,7 +36,6 @@ from headrace.data.selection import Selection
 from headrace.data.shards import Shards, ShardSchema, open_shards
 from headrace.errors import ConfigError, HeadraceError, ResourceError
 
-_KEPT_BUFFERS = 4  # of a stream, for batches that nobody holds any more
 # Hands on packed rows, in their order: to a device, say.
 Transfer: TypeAlias = Callable[[Iterable[torch.Tensor]], Iterable[torch.Tensor]]
 _DTYPES = {
@@ -199,7 +197,7 @@ class BatchStream(IterableDataset[Batch]):
         self._start = torch.zeros(2, dtype=torch.int64)
         self._start.share_memory_()  # type: ignore[no-untyped-call]
         self._position = Position()
-        self._buffers = _Buffers(self.schema.rows)
+        self._buffers = Buffers(self.schema.rows)
 
     @property
     def num_rows(self) -> int:
@@ -562,30 +560,6 @@ class _PackedStream(IterableDataset[torch.Tensor]):
         info = get_worker_info()
         assert info is not None, "only worker processes iterate this"
         yield from self._batches.packed_from_start(info.id, info.num_workers)
-
-
-class _Buffers:
-    """Packed buffers of a stream, used again when nothing refers to one any more."""
-
-    def __init__(self, layout: RowLayout) -> None:
-        self._layout = layout
-        self._kept: list[Packed] = []
-
-    def take(self, num_rows: int) -> Packed:
-        """Return a buffer of ``num_rows`` rows that nobody else holds."""
-        for buffer in self._kept:
-            # Referred to by the list, by the loop and by the argument: by nobody else.
-            if len(buffer) >= num_rows and sys.getrefcount(buffer) == _OWN_REFERENCES:
-                return buffer[:num_rows]
-        buffer = np.empty((num_rows, self._layout.row_bytes), np.uint8)
-        self._kept = [*self._kept[-(_KEPT_BUFFERS - 1) :], buffer]
-        return buffer[:num_rows]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_layout": self._layout, "_kept": []}
-
-
-_OWN_REFERENCES = 3
 
 
 def _ahead(items: Iterator[Packed], num_ahead: int) -> Iterator[Packed]:

@@ -1,80 +1,208 @@
-"""Column kernels of the encoder: scale one numeric column, remap one column of dictionary codes.
+"""Kernels of the encoder: scale numeric columns, remap dictionary codes, count and measure both.
 
-Both read an Arrow column's own buffers (values and validity bits; nothing is copied first) and
-write one column of row-major packed rows. Callers cut the rows into tiles, so that a tile stays in
-the second-level cache while column after column is written into it: 1.5 to 2 times faster than
-whole columns of a 65,536-row batch, whose lines leave the cache each time.
+``fill_numeric`` and ``fill_codes`` read the columns of an Arrow batch where they lie and write them
+into row-major packed rows: a few hundred rows of one column at a time into a short buffer, which
+the compiler turns into vector instructions, and from there into the rows, whose tile stays in the
+cache while column after column is written. One call does all columns of a batch.
 
-Legend: B rows, one column at a time. ``valid`` is an Arrow validity bitmap whose bit ``first`` is
-row 0; it is empty where no value is null.
+Legend: B rows, N numeric inputs, C categories. ``columns`` is a ``ColumnTable``. In the kernels of
+one column, ``valid`` is an Arrow validity bitmap whose bit ``first`` is row 0; it is empty where no
+value is null.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numba
 import numpy as np
 import numpy.typing as npt
+from numba import carray  # type: ignore[attr-defined]
 
-TILE_ROWS = 4096
+from headrace.kernels.arrow import pointer
+
+TILE_ROWS = 256
+# How ``kinds`` name the type of a column's values.
+KINDS: Mapping[str, int] = {
+    name: kind
+    for kind, name in enumerate(
+        (
+            "float",
+            "double",
+            "int8",
+            "int16",
+            "int32",
+            "int64",
+            "uint8",
+            "uint16",
+            "uint32",
+            "uint64",
+        )
+    )
+}
 
 _compiled: Any = numba.njit  # untyped upstream
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 @_compiled(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def standardise(
-    x_B: npt.NDArray[Any],
-    valid: npt.NDArray[np.uint8],
-    first: int,
-    mean: float,
-    std: float,
-    out_B: npt.NDArray[np.float32],
-) -> int:
-    """Write ``(x - mean) / std`` to ``out_B`` and return how many values became NaN by it.
+def scale(x_B: npt.NDArray[Any], mean: float, rate: float, out_B: npt.NDArray[np.float32]) -> int:
+    """Write ``(x - mean) * rate`` to ``out_B`` and return how many values float32 cannot hold.
 
-    The difference and the quotient are float64, so a large mean costs no digits. A null and NaN
-    become NaN; what float32 cannot hold (infinities above all) becomes NaN and is counted.
-
-    Shape: ``x_B`` any number type; ``out_B`` may be a strided column.
+    Those (infinities above all) become NaN, and NaN stays. In float64, so a large mean costs no
+    digits; ``rate`` is 1 / std, for a division takes four times as long.
     """
     num_outside = 0
-    has_null = len(valid) > 0
     for i in range(len(x_B)):
-        z: Any = (np.float64(x_B[i]) - mean) / std
-        if abs(z) > _FLOAT32_MAX:
-            z = np.nan
-            if not has_null or (valid[(first + i) >> 3] >> ((first + i) & 7)) & 1:
-                num_outside += 1
-        if has_null and not (valid[(first + i) >> 3] >> ((first + i) & 7)) & 1:
-            z = np.nan
-        out_B[i] = z
+        z: Any = (np.float64(x_B[i]) - mean) * rate
+        is_outside = abs(z) > _FLOAT32_MAX
+        num_outside += is_outside
+        out_B[i] = np.nan if is_outside else z
+    return num_outside
+
+
+@_compiled(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _scale_at(
+    address: int, kind: int, num_rows: int, mean: float, rate: float, out_B: npt.NDArray[np.float32]
+) -> Any:
+    at = pointer(address)
+    if kind == 0:
+        return scale(carray(at, num_rows, np.float32), mean, rate, out_B)
+    if kind == 1:
+        return scale(carray(at, num_rows, np.float64), mean, rate, out_B)
+    if kind == 2:
+        return scale(carray(at, num_rows, np.int8), mean, rate, out_B)
+    if kind == 3:
+        return scale(carray(at, num_rows, np.int16), mean, rate, out_B)
+    if kind == 4:
+        return scale(carray(at, num_rows, np.int32), mean, rate, out_B)
+    if kind == 5:
+        return scale(carray(at, num_rows, np.int64), mean, rate, out_B)
+    if kind == 6:
+        return scale(carray(at, num_rows, np.uint8), mean, rate, out_B)
+    if kind == 7:
+        return scale(carray(at, num_rows, np.uint16), mean, rate, out_B)
+    if kind == 8:
+        return scale(carray(at, num_rows, np.uint32), mean, rate, out_B)
+    return scale(carray(at, num_rows, np.uint64), mean, rate, out_B)
+
+
+@_compiled(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def fill_numeric(
+    columns_N6: npt.NDArray[np.int64],
+    kinds_N: npt.NDArray[np.int64],
+    widths_N: npt.NDArray[np.int64],
+    scales_N2: npt.NDArray[np.float64],
+    out_BN: npt.NDArray[np.float32],
+    num_outside_N: npt.NDArray[np.int64],
+) -> None:
+    """Write the scaled numbers of a batch, and add to ``num_outside_N`` how many became NaN.
+
+    Shapes: ``kinds_N`` and ``widths_N`` type and bytes of the values; ``scales_N2`` mean and
+    1 / std; ``out_BN`` the numeric field of packed rows. Nulls become NaN and do not count.
+    """
+    num_rows = out_BN.shape[0]
+    tile_B = np.empty(TILE_ROWS, np.float32)
+    for start in range(0, num_rows, TILE_ROWS):
+        count = min(TILE_ROWS, num_rows - start)
+        for j in range(len(columns_N6)):
+            first = columns_N6[j, 2] + start
+            address = columns_N6[j, 0] + first * widths_N[j]
+            num_outside = _scale_at(
+                address, kinds_N[j], count, scales_N2[j, 0], scales_N2[j, 1], tile_B
+            )
+            if columns_N6[j, 1]:
+                valid = carray(pointer(columns_N6[j, 1]), (first + count + 7) // 8, np.uint8)
+                if num_outside:  # what lies where a value is null can be anything
+                    num_outside = _num_outside_valid(
+                        address, kinds_N[j], count, scales_N2[j, 0], scales_N2[j, 1], valid, first
+                    )
+                for i in range(count):
+                    if not (valid[(first + i) >> 3] >> ((first + i) & 7)) & 1:
+                        tile_B[i] = np.nan
+            num_outside_N[j] += num_outside
+            for i in range(count):
+                out_BN[start + i, j] = tile_B[i]
+
+
+@_compiled(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _num_outside_valid(
+    address: int,
+    kind: int,
+    num_rows: int,
+    mean: float,
+    rate: float,
+    valid: npt.NDArray[np.uint8],
+    first: int,
+) -> Any:
+    """Count values beyond float32 among those that are not null; only floats can be."""
+    num_outside = 0
+    one = np.empty(1, np.float32)
+    width = 4 if kind == 0 else 8
+    for i in range(num_rows):
+        if (valid[(first + i) >> 3] >> ((first + i) & 7)) & 1:
+            num_outside += _scale_at(address + i * width, kind, 1, mean, rate, one)
     return num_outside
 
 
 @_compiled(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def remap(
+def _remap(
     index_B: npt.NDArray[Any],
     valid: npt.NDArray[np.uint8],
     first: int,
     table: npt.NDArray[Any],
-    out_B: npt.NDArray[Any],
+    start: int,
+    place: int,
+    out_BC: npt.NDArray[Any],
 ) -> None:
-    """Write ``table[index_B]`` to ``out_B``: dictionary indices of a batch to codes of the fit.
-
-    The last entry of ``table`` is the code of null. An index beyond the dictionary, which only a
-    damaged file can hold, counts as null.
-
-    Shape: ``index_B`` whole numbers; ``out_B`` may be a strided column.
-    """
     null = len(table) - 1
     has_null = len(valid) > 0
     for i in range(len(index_B)):
         index: Any = np.int64(index_B[i])
-        if index < 0 or index > null:
+        if index < 0 or index > null:  # only a damaged file can hold it
             index = null
         if has_null and not (valid[(first + i) >> 3] >> ((first + i) & 7)) & 1:
             index = null
-        out_B[i] = table[index]
+        out_BC[start + i, place] = table[index]
+
+
+@_compiled(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def fill_codes(
+    columns_C6: npt.NDArray[np.int64],
+    kinds_C: npt.NDArray[np.int64],
+    widths_C: npt.NDArray[np.int64],
+    tables: npt.NDArray[Any],
+    starts_C1: npt.NDArray[np.int64],
+    out_BC: npt.NDArray[Any],
+) -> None:
+    """Write the codes of a batch: its dictionary indices, looked up in a table per column.
+
+    Shapes: ``tables`` the look-up tables one after the other, each with the code of null as its
+    last entry; ``starts_C1`` where each begins, and the end; ``out_BC`` the codes of packed rows.
+    """
+    num_rows = out_BC.shape[0]
+    for start in range(0, num_rows, TILE_ROWS):
+        count = min(TILE_ROWS, num_rows - start)
+        for j in range(len(columns_C6)):
+            first = columns_C6[j, 2] + start
+            at = pointer(columns_C6[j, 0] + first * widths_C[j])
+            num_bytes = (first + count + 7) // 8 if columns_C6[j, 1] else 0
+            valid = carray(pointer(columns_C6[j, 1]), num_bytes, np.uint8)
+            table = tables[starts_C1[j] : starts_C1[j + 1]]
+            kind = kinds_C[j]
+            if kind == 2:
+                _remap(carray(at, count, np.int8), valid, first, table, start, j, out_BC)
+            elif kind == 3:
+                _remap(carray(at, count, np.int16), valid, first, table, start, j, out_BC)
+            elif kind == 4:
+                _remap(carray(at, count, np.int32), valid, first, table, start, j, out_BC)
+            elif kind == 5:
+                _remap(carray(at, count, np.int64), valid, first, table, start, j, out_BC)
+            elif kind == 6:
+                _remap(carray(at, count, np.uint8), valid, first, table, start, j, out_BC)
+            elif kind == 7:
+                _remap(carray(at, count, np.uint16), valid, first, table, start, j, out_BC)
+            else:
+                _remap(carray(at, count, np.uint32), valid, first, table, start, j, out_BC)
 
 
 @_compiled(nogil=True, cache=True)  # type: ignore[untyped-decorator]

@@ -147,7 +147,7 @@ def _write_split(
     num_infinite = np.zeros(len(encoder.numeric), np.int64)
     with ShardWriter(folder / split, schema, shard_bytes=params.shard_bytes) as writer:
         for batch, in_batch in encode_batches(
-            table, split, encoder.columns, encoder.transform_counted, threads=threads
+            table, split, encoder.columns, encoder.transform_reusing, threads=threads
         ):
             _refuse_unusable(batch, encoder, split)
             num_infinite += in_batch
