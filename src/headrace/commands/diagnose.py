@@ -93,6 +93,7 @@ def diagnose(
         check=check,
         seconds=seconds,
         copy=(lambda batch: batch.to(device)) if device.type == "cuda" else None,
+        arrives=True,
     )
     print_diagnosis(found, model, console)
     told = as_json(found, model)

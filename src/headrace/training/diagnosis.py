@@ -264,6 +264,7 @@ def diagnose(
     seconds: float = 0.3,
     disk: Disk | None = None,
     copy: Callable[[Any], Any] | None = None,
+    arrives: bool = False,
 ) -> Diagnosis:
     """Measure the loop at ``setting``; say what binds, what to change, and what that brings.
 
@@ -280,6 +281,7 @@ def diagnose(
         seconds: for one measurement; there are about twenty.
         disk: what is known of the drive, instead of measuring it.
         copy: brings a batch to the device; None where the batch is used where it is.
+        arrives: the learner's batches are on the device already, so waiting includes the copy.
 
     Raises:
         DataError: if the table has fewer than four rows to learn from.
@@ -290,7 +292,7 @@ def diagnose(
         if learner.num_rows < 4:
             raise DataError(f"{learner.num_rows} rows to learn from are too few to measure a step")
         setting = replace(setting, batch_rows=learner.batch_rows)
-        lab = _Lab(open_learner, setting, params, device, learner, copy, seconds)
+        lab = _Lab(open_learner, setting, params, device, learner, copy, arrives, seconds)
         lab.measure()
         found = lab.diagnosis(
             disk, budget_bytes, around_bytes, sum(f.stat().st_size for f in files)
@@ -416,6 +418,7 @@ class _Lab:
         device: torch.device,
         learner: Diagnosable,
         copy: Callable[[Any], Any] | None,
+        arrives: bool,
         seconds: float,
     ) -> None:
         self._open = open_learner
@@ -424,6 +427,7 @@ class _Lab:
         self._device = device
         self._learner = learner
         self._copy = copy
+        self._arrives = arrives
         self._seconds = seconds
         self._wait = waiter(device)
         learner.network.train()
@@ -442,16 +446,19 @@ class _Lab:
         )
         self.row_bytes //= self.rows
         self.copy_seconds = self._copies()
-        if self._copy is not None:
+        if self._copy is not None and not self._arrives:
             copy = self._copy
             self._held = {
                 size: [copy(batch) for batch in batches] for size, batches in self._held.items()
             }
         self.updates = self._time_updates(self._held)
         self.step = fit_line(self.updates)
-        self.wait_s = self.read.at(self.rows)
-        if self._setting.workers:
-            self.wait_s = self._waiting(self._loop(self._learner, self._update, self._setting))
+        self.wait_s = self._waiting(
+            self._loop(self._learner, self._update, self._setting, is_cold=False)
+        )
+        if self._arrives:  # what it waits for is first the copy, then the reading behind it
+            self.copy_seconds = min(self.copy_seconds, self.wait_s)
+            self.wait_s -= self.copy_seconds
         self.counts = {size: self._watched(size) for size in self.sizes}
         self.tried = min(4 * self.rows, self._learner.num_rows)
         self.tried_bytes = self._peak_of(self.tried)
@@ -547,6 +554,8 @@ class _Lab:
         if self._copy is None:
             return 0.0
         copy, batch = self._copy, self._held[self.rows][0]
+        if self._arrives:
+            batch = batch.to("cpu")
         return time_of(lambda: copy(batch), budget_s=self._seconds, wait=self._wait)
 
     def _time_updates(self, held: Mapping[int, Sequence[Any]]) -> dict[int, float]:
@@ -597,7 +606,7 @@ class _Lab:
         """Peak bytes of one update with ``size`` rows."""
         with closing(self._open(replace(self._setting, batch_rows=size, workers=0))) as learner:
             batch = next(iter(learner.batches(0, used=0)))
-        if self._copy is not None:
+        if self._copy is not None and not self._arrives:
             batch = self._copy(batch)
         return watch(lambda: self._update(batch), wait=self._wait)[0].peak_bytes
 
