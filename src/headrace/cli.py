@@ -317,6 +317,26 @@ def doctor() -> None:
 
 
 @app.command()
+def diagnose(
+    model: Annotated[str, typer.Argument(help="Model that trains from encoded shards.")] = "nn",
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="Run the best proposal for a few seconds.")
+    ] = True,
+    steps: Annotated[
+        bool, typer.Option("--steps", help="On CUDA: eager, compiled and graph steps compared.")
+    ] = False,
+    json: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures there.")
+    ] = None,
+) -> None:
+    """Say what binds a training step (data, launch, arithmetic, memory), and what to change."""
+    from headrace.commands.diagnose import diagnose as measure
+
+    json = json.resolve() if json else None
+    measure(_project(), model, check=check, steps=steps, json=json, console=_console())
+
+
+@app.command()
 def stage(
     name: Annotated[str, typer.Argument(help="Stage, such as extract or train@nn.")],
     resume: Annotated[

@@ -113,6 +113,16 @@ class KindModule(Protocol):
         """Read back what ``save`` wrote; ``description`` is the content of model.json."""
 
 
+class StreamingKind(KindModule, Protocol):
+    """The module of a kind whose training loop reads batches from the encoded shards."""
+
+    def open_learner(self, views: TrainViews, params: Any, *, resources: Resources) -> Any:
+        """Return what ``fit`` trains, before its first step: a ``training.loop.Learner``.
+
+        It also has ``batch_rows``, ``num_rows`` and ``close()``, which ends its readers.
+        """
+
+
 def kind_module(name: str) -> KindModule:
     """Import the module of the kind called ``name``.
 
@@ -120,6 +130,20 @@ def kind_module(name: str) -> KindModule:
         ConfigError: if there is no such kind, with the nearest name.
     """
     return cast(KindModule, import_module(_kind(name).module))
+
+
+def streaming_kind(name: str) -> StreamingKind:
+    """Import the module of the kind called ``name``, whose loop can be measured.
+
+    Raises:
+        ConfigError: if there is no such kind, or it does not train from shards.
+    """
+    module = kind_module(name)
+    if not hasattr(module, "open_learner"):
+        raise ConfigError(
+            f"{name} does not train from encoded shards step by step; models that do: nn"
+        )
+    return cast(StreamingKind, module)
 
 
 def model_section(name: str) -> type[Section]:
