@@ -69,7 +69,7 @@ Rows: TypeAlias = pa.RecordBatch | pa.Table
 Result = TypeVar("Result")
 Floats: TypeAlias = npt.NDArray[np.float64]
 
-_BATCH_BYTES = 4 << 20  # of float64 cells; fixed, because means are merged batch by batch
+_BATCH_BYTES = 20 << 20  # of float64 cells; fixed, because means are merged batch by batch
 _LEAST_BATCH_ROWS = 4096
 _NO_NULLS = np.empty(0, np.uint8)
 _MAX_COUNTED_LABELS = 2_000_000  # a category with more is counted approximately
@@ -412,10 +412,13 @@ class Encoder:
         known = held.keys
         for j, place in enumerate(plan.places[len(self.scales) :].tolist()):
             # Holding the dictionary keeps its memory from being reused, so the same address is the
-            # same content.
+            # same content. Arrow's reader repeats a row group's dictionary in each batch.
             if known is None or not np.array_equal(known[j], keys_C3[j]):
                 dictionary = part.column(place).dictionary
-                held.luts[j] = (dictionary, self._lut(j, dictionary))
+                if j not in held.luts or not dictionary.equals(held.luts[j][0]):
+                    held.luts[j] = (dictionary, self._lut(j, dictionary))
+                else:
+                    held.luts[j] = (dictionary, held.luts[j][1])
         parts = [held.luts[j][1] for j in range(len(self.categories))]
         held.keys = keys_C3.copy()
         held.starts = np.array([0, *accumulate(len(lut) for lut in parts)], np.int64)
