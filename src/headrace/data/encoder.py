@@ -254,22 +254,20 @@ class Encoder:
 
     def transform_counted(self, rows: Rows) -> tuple[EncodedBatch, npt.NDArray[np.int64]]:
         """Encode rows and also count, per numeric input, the numbers that became NaN by it."""
-        packed_BR = self.layout.empty(rows.num_rows)
-        num_infinite = self.fill(rows, packed_BR)
-        return EncodedBatch(packed_BR, self.layout), num_infinite
+        return self.fill(rows, self.layout.empty(rows.num_rows))
 
     def transform_reusing(self, rows: Rows) -> tuple[EncodedBatch, npt.NDArray[np.int64]]:
         """Do what ``transform_counted`` does, in memory of a batch that is held no longer."""
         buffers = self._held.buffers
         if buffers is None:
             buffers = self._held.buffers = Buffers(self.layout)
-        packed_BR = buffers.take(rows.num_rows)
-        num_infinite = self.fill(rows, packed_BR)
-        return EncodedBatch(packed_BR, self.layout), num_infinite
+        return self.fill(rows, buffers.take(rows.num_rows))
 
-    def fill(self, rows: Rows, packed_BR: Packed) -> npt.NDArray[np.int64]:
+    def fill(self, rows: Rows, packed_BR: Packed) -> tuple[EncodedBatch, npt.NDArray[np.int64]]:
         """Encode rows into ``packed_BR``, which has ``layout``; see ``transform_counted``."""
-        self._require_inputs(rows.schema)
+        plan = self._held.plan
+        if plan is None or not rows.schema.equals(plan.schema):
+            plan = self._held.plan = self._plan(rows.schema)
         num_rows = rows.num_rows
         batch = EncodedBatch(packed_BR, self.layout)
         batch.row_id[:] = _identity(rows, num_rows)
@@ -280,9 +278,11 @@ class Encoder:
         start = 0
         for part in rows.to_batches() if isinstance(rows, pa.Table) else [rows]:
             stop = start + part.num_rows
-            num_infinite += self._fill(part, batch.numeric[start:stop], batch.codes[start:stop])
+            num_infinite += self._fill(
+                part, plan, batch.numeric[start:stop], batch.codes[start:stop]
+            )
             start = stop
-        return num_infinite
+        return batch, num_infinite
 
     def save(self, folder: Path) -> None:
         """Write encoder.json, encoder.safetensors and contract.json into ``folder``."""
@@ -342,13 +342,14 @@ class Encoder:
         _refuse_types(schema, self.numeric, [category.name for category in self.categories])
 
     def _fill(
-        self, part: pa.RecordBatch, out_BN: npt.NDArray[np.float32], out_BC: npt.NDArray[Any]
+        self,
+        part: pa.RecordBatch,
+        plan: "_Plan",
+        out_BN: npt.NDArray[np.float32],
+        out_BC: npt.NDArray[Any],
     ) -> npt.NDArray[np.int64]:
         """Write numbers and codes of ``part``; return how many of each input became NaN."""
         num_outside = np.zeros(len(self.scales), np.int64)
-        plan = self._held.plan
-        if plan is None or not part.schema.equals(plan.schema):
-            plan = self._held.plan = self._plan(part.schema)
         if plan.is_converted:
             part = pa.RecordBatch.from_arrays(
                 [

@@ -9,6 +9,7 @@ Legend: B rows, R bytes of a row, T targets, N numeric inputs, C categories.
 """
 
 import sys
+from functools import cached_property
 from typing import Annotated, Any, Literal, TypeAlias
 
 import numpy as np
@@ -33,7 +34,7 @@ class RowField(Section):
     offset: int
     width: int | None = None
 
-    @property
+    @cached_property
     def num_bytes(self) -> int:
         """Bytes the field takes in a row."""
         return np.dtype(self.dtype).itemsize * (1 if self.width is None else self.width)
@@ -64,7 +65,7 @@ class RowLayout(Section):
     def empty(self, num_rows: int) -> Packed:
         """Return rows for all fields to be written; what pads them is zero."""
         packed_BR = np.empty((num_rows, self.row_bytes), np.uint8)
-        last = max(self.fields, key=lambda field: field.offset + field.num_bytes)
+        last = self.fields[-1]
         packed_BR[:, last.offset + last.num_bytes :] = 0
         return packed_BR
 

@@ -154,15 +154,15 @@ def _remap(
     place: int,
     out_BC: npt.NDArray[Any],
 ) -> None:
-    null = len(table) - 1
-    has_null = len(valid) > 0
+    null = np.uint64(len(table) - 1)
+    out_B = out_BC[start : start + len(index_B), place]
     for i in range(len(index_B)):
-        index: Any = np.int64(index_B[i])
-        if index < 0 or index > null:  # only a damaged file can hold it
-            index = null
-        if has_null and not (valid[(first + i) >> 3] >> ((first + i) & 7)) & 1:
-            index = null
-        out_BC[start + i, place] = table[index]
+        # An index beyond the dictionary, which only a damaged file can hold, counts as null.
+        out_B[i] = table[min(np.uint64(index_B[i]), null)]
+    if len(valid):
+        for i in range(len(index_B)):
+            if not (valid[(first + i) >> 3] >> ((first + i) & 7)) & 1:
+                out_B[i] = table[null]
 
 
 @_compiled(nogil=True, cache=True)  # type: ignore[untyped-decorator]
