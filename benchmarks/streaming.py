@@ -10,8 +10,6 @@ HF datasets is compared where it is installed (``pip install datasets``).
 
 import sys
 from collections.abc import Callable
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks import _fresh, _quality
+from benchmarks import _device, _diagnose, _fresh, _quality, _resume
 from benchmarks._folders import Folders, flights, synthetic
 from benchmarks._peers import (
     BATCH_ROWS,
@@ -166,9 +164,9 @@ def flights_rows(repeats: int) -> list[Row]:
 
 def others_rows(quick: bool) -> list[Row]:
     """Resuming in mid-epoch, diagnosis and the device, each from its own module."""
-    names = [f"benchmarks.{name}" for name in ("_resume", "_diagnose", "_device")]
-    modules = [import_module(name) for name in names if find_spec(name)]
-    return [row for module in modules for row in module.rows(quick)]
+    with flights() as folders:
+        diagnosed = _diagnose.rows(folders.encoded, quick=quick)
+    return [*_resume.rows(quick), *diagnosed, *_device.rows(quick)]
 
 
 def _epoch(batches: Any) -> Callable[[], int]:

@@ -43,7 +43,7 @@ SHARD_SPLITS = ("train", "valid", "test")  # rows of the gap are for nobody
 
 _ROWS = "rows.bin"
 _READ_ROWS = 65_536
-_PIECE_ROWS = 1024  # read at the speed of the disk, and many of them make a window
+_PIECE_ROWS = 256  # long enough to be read fast, and a thousand of them make a window
 _COLUMNS = ("targets", "weight", "fold")  # that training reads as a whole, before any batch
 
 

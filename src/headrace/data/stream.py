@@ -125,7 +125,7 @@ class BatchStream(IterableDataset[Batch]):
         num_ranks: see ``rank``.
         least_tail: rows under which an epoch's tail joins the batch before it; None: two per rank.
         window_rows: rows that are mixed at a time, for ``window``: random pieces of the whole set,
-            each a run of rows (1024 of shards, a span of row groups of Parquet).
+            each a run of rows (256 of shards, a span of row groups of Parquet).
         block_rows: consecutive rows that stay together, for ``block``.
         contract_digest: of the contract the reader expects, refused if another.
 
