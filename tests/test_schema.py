@@ -168,3 +168,19 @@ def test_a_class_that_training_never_saw_is_refused():
     late = Target(name="late", task="binary", labels=("no", "yes"))
     with pytest.raises(SchemaError, match=r"\['maybe'\].*known: \['no', 'yes'\]"):
         encode_target(pa.array(["no", "maybe"]), late)
+
+
+def test_classes_are_looked_up_by_what_rows_have():
+    """A dictionary may hold labels that no row has; a null may lie in it or beside it."""
+    target = Target(name="t", task="binary", labels=("a", "b"))
+    unused = pa.array(["a", "x", "b"]).dictionary_encode().take(pa.array([2, 0, None, 2]))
+    within = pa.DictionaryArray.from_arrays(
+        pa.array([0, 1, 2, None], pa.int8()), pa.array(["b", None, "a"])
+    )
+
+    assert encode_target(unused, target).tolist()[:2] == [1.0, 0.0]
+    assert np.isnan(encode_target(unused, target)).tolist() == [False, False, True, False]
+    assert np.isnan(encode_target(within, target)).tolist() == [False, True, False, True]
+    assert np.isnan(encode_target(pa.nulls(2), target)).all()
+    with pytest.raises(SchemaError, match=r"has the classes \['x'\], which the train rows"):
+        encode_target(pa.array(["a", "x", "b"]).dictionary_encode(), target)
