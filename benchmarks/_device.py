@@ -123,7 +123,9 @@ def _write_long(encoded: Path, out: Path, num_rows: int) -> None:
     some = shards.slice(0, min(100_000, shards.num_rows))
     with new_folder(out) as folder:
         Encoder.load(encoded).save(folder)
-        with ShardWriter(folder / "train", shards.schema, shard_bytes=SHARD_BYTES) as writer:
+        with ShardWriter(
+            folder / "train", shards.schema, shard_bytes=SHARD_BYTES, num_rows=num_rows
+        ) as writer:
             for first in range(0, num_rows, len(some)):
                 part = np.ascontiguousarray(some.packed[: num_rows - first])
                 writer.append(EncodedBatch(part, some.layout))

@@ -4,15 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from headrace.data.encoder import ENCODER, QUANTILES, Encoder
+from headrace.data.encoder import open_encoder
 from headrace.data.look import Look, look_at
 from headrace.data.order import Kind
 from headrace.data.shards import open_shards
 from headrace.data.stream import BatchStream
 from headrace.errors import ConfigError
 from headrace.project import Project
-from headrace.schema import CONTRACT
-from headrace.storage import verify_file
 
 _BATCH_ROWS = 4096
 
@@ -84,9 +82,7 @@ def show_batch(
             f"there is no batch {batch} in epoch {epoch}: an epoch of split {split} has "
             f"{len(stream)} batches of up to {batch_size:,} rows, and both count from 0"
         )
-    for name in (ENCODER, QUANTILES, CONTRACT):
-        verify_file(folder, name)
-    encoder = Encoder.load(folder)
+    encoder = open_encoder(folder)
     stream.set_position(epoch, batch)
     return ShownBatch(
         split=split,

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from headrace.commands.settings import read_settings
-from headrace.data.encoder import ENCODER, QUANTILES, Encoder
+from headrace.data.encoder import Encoder, open_encoder
 from headrace.data.rates import ROUNDS, Rate, Task, data_tasks, measure
 from headrace.data.shards import Shards, open_shards
 from headrace.data.table import Table, open_table
@@ -18,8 +18,6 @@ from headrace.errors import ConfigError
 from headrace.models.protocol import TrainViews, choose_stop_fold
 from headrace.params import Resources
 from headrace.project import Project
-from headrace.schema import CONTRACT
-from headrace.storage import verify_file
 
 _MODEL = "nn"
 
@@ -59,9 +57,7 @@ def bench(project: Project, *, seconds: float, tell: Callable[[str], None]) -> B
     reduced, encoded = (project.data(name).relative_to(Path.cwd()) for name in ("reduce", "encode"))
     table = open_table(reduced)
     shards = open_shards(encoded, "train", contract_digest=table.contract.digest)
-    for name in (ENCODER, QUANTILES, CONTRACT):
-        verify_file(encoded, name)
-    encoder = Encoder.load(encoded)
+    encoder = open_encoder(encoded)
     tasks = data_tasks(
         table,
         encoder,

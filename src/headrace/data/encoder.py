@@ -57,7 +57,7 @@ from headrace.schema import (
     label_text,
     read_contract,
 )
-from headrace.storage import canonical_json, digest_bytes, read_json, write_file
+from headrace.storage import canonical_json, digest_bytes, read_json, verify_file, write_file
 
 ENCODER = "encoder.json"
 QUANTILES = "encoder.safetensors"
@@ -448,6 +448,17 @@ class Encoder:
             return np.ones(num_rows, np.float32)
         with np.errstate(over="ignore"):
             return _numbers(_whole(rows.column(name))).astype(np.float32)
+
+
+def open_encoder(folder: Path) -> Encoder:
+    """Check the digests of an encoder beside its manifest, as ``encode`` wrote it, and read it.
+
+    Raises:
+        IntegrityError: if a file is missing, changed, of another format or of another contract.
+    """
+    for name in (ENCODER, QUANTILES, CONTRACT):
+        verify_file(folder, name)
+    return Encoder.load(folder)
 
 
 def fit_encoder(

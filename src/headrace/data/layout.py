@@ -23,7 +23,6 @@ NumericDtype: TypeAlias = Literal["<f4", "<f2"]
 
 _ALIGNMENT = 8
 _KEPT_BUFFERS = 4
-_OWN_REFERENCES = 3
 
 
 class RowField(Section):
@@ -83,7 +82,6 @@ class Buffers:
     def take(self, num_rows: int) -> Packed:
         """Return a buffer of ``num_rows`` rows that nobody else holds; what pads rows is zero."""
         for buffer in self._kept:
-            # Referred to by the list, by the loop and by the argument: by nobody else.
             if len(buffer) >= num_rows and sys.getrefcount(buffer) == _OWN_REFERENCES:
                 return buffer[:num_rows]
         buffer = self._layout.empty(num_rows)
@@ -92,6 +90,26 @@ class Buffers:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_layout": self._layout, "_kept": []}
+
+
+def _own_references() -> int:
+    """Return the count of a buffer in ``Buffers`` that nobody else holds; -1 if it says nothing.
+
+    Python versions differ in what they count (some borrow the reference of a local name), so it is
+    measured, in a loop like that of ``take``, with a buffer held by a view and without.
+    """
+    kept = [np.empty((2, 8), np.uint8)]
+    alone = held = 0
+    for buffer in kept:
+        alone = sys.getrefcount(buffer)
+    view = kept[0][:1]
+    for buffer in kept:
+        held = sys.getrefcount(buffer)
+    del view
+    return alone if held > alone else -1
+
+
+_OWN_REFERENCES = _own_references()
 
 
 def row_layout(

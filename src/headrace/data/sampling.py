@@ -28,7 +28,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from headrace.data.encoder import Encoder
+from headrace.data.encoder import open_encoder
 from headrace.data.order import Places, key_word, permuted
 from headrace.data.selection import Selection
 from headrace.data.shards import Shards, open_shards
@@ -236,7 +236,7 @@ def sampled(
 
 
 def _classes(shards: Shards, name: str, chosen: Selection | None) -> list[Selection]:
-    targets = Encoder.load(shards.folder).targets
+    targets = open_encoder(shards.folder).targets
     place = next((i for i, target in enumerate(targets) if target.name == name), None)
     with_classes = [target.name for target in targets if target.labels]
     if place is None or not targets[place].labels:

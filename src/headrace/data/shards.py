@@ -10,11 +10,13 @@ flipped bit in a raw array is just another number. ``verify=True`` checks everyt
 """
 
 import hashlib
+import os
 from dataclasses import dataclass, field
+from io import FileIO
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any, BinaryIO, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -121,15 +123,21 @@ class ShardWriter:
 
     Call within ``with``; ``sizes`` are the rows of the shards written. Where numbers are stored as
     float16, ``worst`` (N,) is the largest distance of one from what was encoded.
+
+    ``num_rows``: how many rows will come at most. Their space is reserved when a shard is begun:
+    writing then costs half, and a full disk is noticed before the work.
     """
 
-    def __init__(self, folder: Path, schema: ShardSchema, *, shard_bytes: int) -> None:
+    def __init__(
+        self, folder: Path, schema: ShardSchema, *, shard_bytes: int, num_rows: int
+    ) -> None:
         self.sizes: list[int] = []
         self.worst = np.zeros(len(schema.numeric))
         self._folder = folder
         self._schema = schema
         self._rows_per_shard = max(1, shard_bytes // schema.bytes_per_row)
-        self._files: list[BinaryIO] = []
+        self._num_rows = num_rows
+        self._files: list[FileIO] = []
 
     def __enter__(self) -> Self:
         return self
@@ -158,7 +166,7 @@ class ShardWriter:
                 self._begin_shard()
             stop = min(len(batch), start + self._rows_per_shard - self.sizes[-1])
             for rows, file in zip((packed, *columns), self._files, strict=True):
-                file.write(rows[start:stop].data if rows.size else b"")
+                _write_all(file, rows[start:stop])
             self.sizes[-1] += stop - start
             start = stop
 
@@ -187,13 +195,24 @@ class ShardWriter:
         self._close()
         folder = self._folder / shard_name(len(self.sizes))
         folder.mkdir(parents=True)
-        self._files = [(folder / name).open("wb") for name, _ in self._schema.files()]
+        num_rows = min(self._rows_per_shard, self._num_rows - sum(self.sizes))
+        for name, row_bytes in self._schema.files():
+            self._files.append((folder / name).open("wb", buffering=0))
+            if row_bytes and hasattr(os, "posix_fallocate"):  # macOS has none
+                os.posix_fallocate(self._files[-1].fileno(), 0, num_rows * row_bytes)
         self.sizes.append(0)
 
     def _close(self) -> None:
         for file in self._files:
+            file.truncate()  # where the rows end: fewer may have come
             file.close()
         self._files = []
+
+
+def _write_all(file: FileIO, rows: npt.NDArray[Any]) -> None:
+    rest = rows.data.cast("B") if rows.size else memoryview(b"")
+    while len(rest):
+        rest = rest[file.write(rest) :]
 
 
 def write_schema(folder: Path, schema: ShardSchema) -> None:
@@ -333,11 +352,13 @@ class Shards:
 
     def _open(self) -> None:
         width = self.schema.rows.row_bytes
-        self._maps = [
+        maps = [
             self._mapped(shard, _ROWS, num_rows * width)
             for shard, num_rows in enumerate(self.sizes)
         ]
-        self._addresses = np.array([mapped.raw.ctypes.data for mapped in self._maps], np.uint64)
+        # Other threads go by ``_maps``: it comes last, and holds the memory of the addresses.
+        self._addresses = np.array([mapped.raw.ctypes.data for mapped in maps], np.uint64)
+        self._maps = maps
 
     def _mapped(self, shard: int, file: str, num_bytes: int) -> "_Mapped":
         name = f"{self.split}/{shard_name(shard)}/{file}"

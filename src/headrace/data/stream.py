@@ -27,7 +27,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from headrace.data.encoder import EncodedBatch, Encoder
+from headrace.data.encoder import EncodedBatch, Encoder, open_encoder
 from headrace.data.layout import Buffers, Packed, RowLayout
 from headrace.data.order import KINDS, Cut, Kind, Position, RowOrder
 from headrace.data.parquet import ParquetRows, open_parquet
@@ -626,7 +626,7 @@ def stream(
             seed=seed,
             rows=rows,
         )
-    fitted = encoder if isinstance(encoder, Encoder) else Encoder.load(Path(encoder))
+    fitted = encoder if isinstance(encoder, Encoder) else open_encoder(Path(encoder))
     return BatchStream(
         open_parquet(Path(source), split, fitted, threads=threads),
         batch_size=batch_size,

@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from headrace.data.encoder import ENCODER, QUANTILES, EncodedBatch, Encoder
+from headrace.data.encoder import EncodedBatch, Encoder, open_encoder
 from headrace.data.look import look_at
 from headrace.data.shards import Shards, open_shards
 from headrace.data.stream import Batch, BatchStream, loader, to_tensors
@@ -39,8 +39,8 @@ from headrace.errors import ConfigError, IntegrityError, SchemaError, nearest
 from headrace.models.protocol import TrainViews, Values
 from headrace.params import Resources, Section
 from headrace.record import Recorder
-from headrace.schema import CONTRACT, Target
-from headrace.storage import read_json, verify_file, write_file, write_json
+from headrace.schema import Target
+from headrace.storage import read_json, write_file, write_json
 from headrace.training.checkpoint import Checkpoints
 from headrace.training.device import RandomStream, torch_threads
 from headrace.training.distributed import ALONE, Ranks, current_ranks
@@ -306,9 +306,7 @@ def open_multihead(
     shards = open_shards(views.encoded, "train", contract_digest=views.contract.digest)
     fold = shards.read("fold")
     learn = np.isin(fold, views.learn_folds)
-    for name in (ENCODER, QUANTILES, CONTRACT):
-        verify_file(views.encoded, name)
-    inputs = _inputs(Encoder.load(views.encoded), embedding_size)
+    inputs = _inputs(open_encoder(views.encoded), embedding_size)
     scales = target_scales(shards, targets, learn)
     config = _Config(
         inputs=inputs, trunk=trunk, targets=targets, scales=scales, threads=training.threads
@@ -584,7 +582,7 @@ def _record(recorder: Recorder, learner: MultiHeadLearner, device: torch.device)
 
 def _record_batch(recorder: Recorder, batch: Batch, encoded: Path, folder: Path) -> None:
     """Record once per run what the network is fed, in the words and units of the table."""
-    look = look_at(batch.to("cpu"), Encoder.load(encoded), num_rows=_SHOWN_ROWS)
+    look = look_at(batch.to("cpu"), open_encoder(encoded), num_rows=_SHOWN_ROWS)
     write_file(folder / _FIRST_BATCH, look.text())
     recorder.file(folder / _FIRST_BATCH, folder="data")
 

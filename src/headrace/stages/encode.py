@@ -145,7 +145,12 @@ def _write_split(
     threads: int,
 ) -> None:
     num_infinite = np.zeros(len(encoder.numeric), np.int64)
-    with ShardWriter(folder / split, schema, shard_bytes=params.shard_bytes) as writer:
+    with ShardWriter(
+        folder / split,
+        schema,
+        shard_bytes=params.shard_bytes,
+        num_rows=table.num_rows(split),
+    ) as writer:
         for batch, in_batch in encode_batches(
             table, split, encoder.columns, encoder.transform_reusing, threads=threads
         ):

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from packaging.requirements import Requirement
 from pydantic import Field
 
-from headrace.data.encoder import ENCODER, QUANTILES, Encoder
+from headrace.data.encoder import open_encoder
 from headrace.data.incoming import InputColumn
 from headrace.errors import IntegrityError, SchemaError
 from headrace.evaluation.selection import STACK
@@ -194,9 +194,7 @@ def _refuse_double_outputs(contract: Contract) -> None:
 
 
 def _copy_encoder(encoded: Path, folder: Path, contract: Contract) -> None:
-    for name in (ENCODER, QUANTILES, CONTRACT):  # not the shards beside them
-        verify_file(encoded, name)
-    encoder = Encoder.load(encoded)
+    encoder = open_encoder(encoded)
     _require_contract(encoded, encoder.contract.digest, contract)
     encoder.save(folder)
 
