@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -206,3 +207,14 @@ def test_the_documented_way_reads_the_rows(pristine, monkeypatch):
 
     for name in ("row_id", "numeric", "codes", "targets", "weight", "fold"):
         assert np.array_equal(names["shard"][name], getattr(rows, name), equal_nan=name != "codes")
+
+
+def test_threads_may_share_one_reader(pristine):
+    """Also while it is being opened: all of them get the rows they ask for."""
+    expected = as_encoded(pristine)
+    rows = np.random.default_rng(0).integers(0, 500, (8, 50))
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(20):
+            shards = open_shards(pristine, "train")
+            for wanted, found in zip(rows, pool.map(shards.take, rows), strict=True):
+                assert same(found, expected.where(wanted))

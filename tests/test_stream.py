@@ -2,8 +2,10 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -288,6 +290,56 @@ def test_a_hung_worker_is_an_error_within_its_time(folder, monkeypatch):
     finally:
         batches.close()
     assert not multiprocessing.active_children()
+
+
+def test_what_a_worker_refuses_is_said_as_it_is(folder, tmp_path):
+    """Damage found in another process is the same one message, and nothing is started again."""
+    damaged = tmp_path / "encode"
+    shutil.copytree(folder, damaged)
+    path = damaged / "train" / "shard-00000" / "rows.bin"
+    data = bytearray(path.read_bytes())
+    data[5] ^= 1
+    path.write_bytes(data)
+    batches = loader(stream(damaged, batch_size=50), num_workers=1, warn=pytest.fail)
+    try:
+        with pytest.raises(IntegrityError, match=r"^\S+rows\.bin is damaged: block 0"):
+            list(batches)
+    finally:
+        batches.close()
+
+
+def test_an_error_of_the_transfer_is_not_blamed_on_a_worker(folder):
+    """A device that is out of memory, say: raised as it is, at once."""
+
+    def transfer(packed):
+        next(packed)
+        raise RuntimeError("the device is out of memory")
+        yield
+
+    batches = loader(stream(folder, batch_size=50), num_workers=1, warn=pytest.fail)
+    try:
+        with pytest.raises(RuntimeError, match=r"^the device is out of memory"):
+            list(batches.through(transfer))
+    finally:
+        batches.close()
+
+
+def test_a_death_does_not_strike_the_loop(folder):
+    """It is noticed where the next batch is asked for, not in the middle of the loop's work."""
+    told = []
+    batches = loader(stream(folder, batch_size=1), num_workers=1, warn=told.append)
+    running = iter(batches)
+    try:
+        next(running)
+        (child,) = multiprocessing.active_children()
+        child.kill()
+        child.join()
+        time.sleep(0.3)  # a signal would be here by now
+        assert not told
+        assert len(list(running)) == 499
+        assert len(told) == 1
+    finally:
+        batches.close()
 
 
 @pytest.mark.parametrize("read_ahead", [1, 3])

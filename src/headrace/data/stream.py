@@ -14,13 +14,14 @@ that was broken off is continued by the next pass.
 
 import contextlib
 import queue
+import signal
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol, Self, TypeAlias
+from typing import Any, Protocol, Self, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +39,8 @@ from headrace.errors import ConfigError, HeadraceError, ResourceError
 
 # Hands on packed rows, in their order: to a device, say.
 Transfer: TypeAlias = Callable[[Iterable[torch.Tensor]], Iterable[torch.Tensor]]
+Item = TypeVar("Item")
+
 _DTYPES = {
     "<i8": torch.int64,
     "<f8": torch.float64,
@@ -68,9 +71,6 @@ class RowSource(Protocol):
 
     def gather(self, rows: npt.NDArray[np.int64], out_BR: Packed) -> None:
         """Copy the given rows, packed, to the first rows of ``out_BR``."""
-
-    def read(self, name: str) -> npt.NDArray[Any]:
-        """Return one field of all rows in memory."""
 
 
 @dataclass(frozen=True)
@@ -388,7 +388,7 @@ class BatchLoader:
         self._read_ahead = read_ahead
         self._timeout_s = timeout_s
         self._warn = warn
-        self._processes: DataLoader[torch.Tensor] | None = None
+        self._processes: DataLoader[torch.Tensor | HeadraceError] | None = None
 
     def __len__(self) -> int:
         """Batches of a whole epoch on this rank."""
@@ -454,17 +454,25 @@ class BatchLoader:
 
     def _pass(self, transfer: Transfer) -> Iterator[Batch]:
         """Yield what the running workers have; any failure of theirs is a ``_WorkerError``."""
-        watch = _Watch(self._timeout_s, on_excess=self._kill)
+        moved = transfer(self._from_workers())
+        yield from self.stream.counted(self.stream.unpacked(moved))
+
+    def _from_workers(self) -> Iterator[torch.Tensor]:
+        # In exact order the first batches check nearly all blocks of the set.
+        row_bytes = self.stream.schema.rows.row_bytes
+        checking_s = self.stream.source.num_rows * row_bytes / _CHECKED_BYTES_PER_S
+        watch = _Watch(
+            self._timeout_s,
+            first_s=self._timeout_s + checking_s,
+            num_first=self._num_workers,
+            on_excess=self._kill,
+        )
         try:
-            try:
-                with watch:
-                    moved = transfer(watch.timed(self._workers()))
-                    yield from self.stream.counted(self.stream.unpacked(moved))
-            except (ConnectionError, EOFError):
-                # Torch tells of the same death by a signal that raises wherever Python is: here,
-                # not while the error is being made.
-                time.sleep(_SIGNAL_S)
-                raise
+            with watch:
+                for item in watch.timed(self._workers()):
+                    if isinstance(item, HeadraceError):  # as the worker met it
+                        raise item
+                    yield item
         except HeadraceError:
             self.close()
             raise
@@ -480,7 +488,7 @@ class BatchLoader:
         for process in getattr(getattr(self._processes, "_iterator", None), "_workers", ()):
             process.kill()  # a process that hangs does not hear that it should end
 
-    def _workers(self) -> Iterator[torch.Tensor]:
+    def _workers(self) -> Iterator[torch.Tensor | HeadraceError]:
         if self._processes is None:
             self._processes = DataLoader(
                 _PackedStream(self.stream),
@@ -490,10 +498,28 @@ class BatchLoader:
                 persistent_workers=True,
                 collate_fn=_as_it_is,
             )
-        yield from self._processes
+        with _child_signals_kept():
+            iterator = iter(self._processes)
+        yield from iterator
 
 
-_SIGNAL_S = 0.5
+@contextlib.contextmanager
+def _child_signals_kept() -> Iterator[None]:
+    """Put back the handler of SIGCHLD that PyTorch replaces.
+
+    PyTorch's raises, wherever the main thread is, that a worker died: in the middle of the loop's
+    own work. Without it the death is noticed where the worker is asked for its next batch.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        if is_main and before is not None:
+            signal.signal(signal.SIGCHLD, before)
+
+
+_CHECKED_BYTES_PER_S = 100e6  # a cautious guess: a tenth of what one core does
 
 
 class _WorkerError(Exception):
@@ -511,9 +537,18 @@ class _Watch:
     handle that only the worker can redeem; both wait for ever if the worker has stopped.
     """
 
-    def __init__(self, timeout_s: float, *, on_excess: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        timeout_s: float,
+        *,
+        first_s: float,
+        num_first: int,
+        on_excess: Callable[[], None],
+    ) -> None:
         self.is_over = False
         self._timeout_s = timeout_s
+        self._first_s = first_s  # for the first ``num_first`` items
+        self._num_first = num_first
         self._on_excess = on_excess
         self._since: float | None = None
         self._stop = threading.Event()
@@ -527,7 +562,7 @@ class _Watch:
         self._stop.set()
         self._thread.join()
 
-    def timed(self, items: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+    def timed(self, items: Iterator[Item]) -> Iterator[Item]:
         """Hand on ``items``; only the waiting for each counts."""
         while True:
             self._since = time.monotonic()
@@ -537,29 +572,37 @@ class _Watch:
                 return
             finally:
                 self._since = None
+            self._num_first -= 1
             yield item
             del item
 
     def _run(self) -> None:
         while not self._stop.wait(_POLL_S):
             since = self._since
-            if since is not None and time.monotonic() - since > self._timeout_s:
+            allowed_s = self._first_s if self._num_first > 0 else self._timeout_s
+            if since is not None and time.monotonic() - since > allowed_s:
                 self.is_over = True
                 self._on_excess()
                 return
 
 
-class _PackedStream(IterableDataset[torch.Tensor]):
-    """What a worker process of ``BatchLoader`` reads: one tensor a batch to hand over."""
+class _PackedStream(IterableDataset[torch.Tensor | HeadraceError]):
+    """What a worker process of ``BatchLoader`` reads: one tensor a batch to hand over.
+
+    An error that has its message is handed over too: raised, PyTorch would wrap it in a traceback.
+    """
 
     def __init__(self, batches: BatchStream) -> None:
         super().__init__()
         self._batches = batches
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
+    def __iter__(self) -> Iterator[torch.Tensor | HeadraceError]:
         info = get_worker_info()
         assert info is not None, "only worker processes iterate this"
-        yield from self._batches.packed_from_start(info.id, info.num_workers)
+        try:
+            yield from self._batches.packed_from_start(info.id, info.num_workers)
+        except HeadraceError as error:
+            yield error
 
 
 def _ahead(items: Iterator[Packed], num_ahead: int) -> Iterator[Packed]:
@@ -651,7 +694,8 @@ def loader(
         batches: What to read; its position moves as batches are handed out.
         num_workers: Processes that read; 0 reads in this one.
         read_ahead: Without workers, the batches a thread of this process reads ahead; 0 for none.
-        timeout_s: How long one batch of a worker may take, starting the process included.
+        timeout_s: How long one batch of a worker may take, starting the process included; the first
+            ones have more time, for they check the blocks of the set.
         warn: Hears that workers died and are started again.
 
     Raises:

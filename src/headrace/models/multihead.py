@@ -13,6 +13,7 @@ the first predictions are near the mean and the first loss is near that of knowi
 A label that is missing has weight 0 in the loss of its target; the row still teaches the others.
 """
 
+import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ from torch import nn
 
 from headrace.data.encoder import EncodedBatch, Encoder, open_encoder
 from headrace.data.look import look_at
+from headrace.data.order import Kind
 from headrace.data.shards import Shards, open_shards
 from headrace.data.stream import Batch, BatchStream, loader, to_tensors
 from headrace.data.transfer import Mode, to_device
@@ -54,6 +56,7 @@ _SHOWN_ROWS = 8
 _SQUASH = 4.0  # standard deviations; no numeric input leaves ±4, most hardly change
 _PREDICT_ROWS = 8192  # bounds the memory of a prediction, whatever batch the caller brings
 _EVALUATE_ROWS = 16_384
+_EXACT_BYTES = 8 << 30  # packed rows that the page cache of most machines keeps
 _PINNED_SHARE = 8  # of the memory budget: the part that may be page-locked for a GPU
 _ACTIVATIONS: Mapping[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
 _INIT, _TRAIN = 0, 1  # names of random streams
@@ -263,22 +266,26 @@ def fit_multihead(
         )
         config = learner.config
         _record(recorder, learner, device)
-        learner.on_first = lambda batch: _record_batch(recorder, batch, views.encoded, checkpoints)
+        if ranks.is_first:
+            learner.on_first = lambda batch: _record_batch(
+                recorder, batch, views.encoded, checkpoints
+            )
         signature = _signature(config, training, views, target_weights, stop_on, device)
         ranks.require_same("what is trained", f"{signature} {learner.data_digest}")
-        outcome = train_network(
-            learner,
-            training,
-            stop_on=stop_on,
-            stream=RandomStream(training.seed, _TRAIN, device=device),
-            checkpoints=Checkpoints(
-                checkpoints,
-                signature=signature,
+        with contextlib.closing(learner):
+            outcome = train_network(
+                learner,
+                training,
+                stop_on=stop_on,
+                stream=RandomStream(training.seed, _TRAIN, device=device),
+                checkpoints=Checkpoints(
+                    checkpoints,
+                    signature=signature,
+                    recorder=recorder,
+                ),
                 recorder=recorder,
-            ),
-            recorder=recorder,
-            ranks=ranks,
-        )
+                ranks=ranks,
+            )
     network = cast(MultiHead, learner.network)
     return MultiHeadModel(network, config, device=device, summary=_summary(outcome))
 
@@ -317,10 +324,11 @@ def open_multihead(
     return MultiHeadLearner(
         network,
         config,
-        views,
+        shards,
         learn=learn,
         stop=fold == views.stop_fold,
         batch_rows=training.batch_rows or batch_rows_for(int(learn.sum())),
+        order=_order(training.order, shards, int(learn.sum())),
         seed=training.seed,
         factors={target.name: target_weights.get(target.name, 1.0) for target in targets},
         device=device,
@@ -351,6 +359,15 @@ def load_multihead(folder: Path, description: Mapping[str, Any]) -> MultiHeadMod
     )
 
 
+def _order(
+    wanted: Literal["auto", "exact", "window", "block"], shards: Shards, num_rows: int
+) -> Kind:
+    """Return the order of training. By the set alone: a machine must not change the result."""
+    if wanted != "auto":
+        return wanted
+    return "exact" if num_rows * shards.schema.rows.row_bytes <= _EXACT_BYTES else "window"
+
+
 def target_scales(
     shards: Shards, targets: Sequence[Target], learn: npt.NDArray[np.bool_]
 ) -> tuple[TargetScale, ...]:
@@ -377,11 +394,12 @@ class MultiHeadLearner:
         self,
         network: MultiHead,
         config: _Config,
-        views: TrainViews,
+        shards: Shards,
         *,
         learn: npt.NDArray[np.bool_],
         stop: npt.NDArray[np.bool_],
         batch_rows: int,
+        order: Kind,
         seed: int,
         factors: Mapping[str, float],
         device: torch.device,
@@ -391,27 +409,25 @@ class MultiHeadLearner:
         warn: Callable[[str], None],
         ranks: Ranks,
     ) -> None:
-        digest = views.contract.digest
         self.network: nn.Module = network
         self.config = config
         self._stream = BatchStream(
-            views.encoded,
+            shards,
             batch_size=ranks.share_of(batch_rows),
+            order=order,
             seed=seed,
             rows=learn,
             rank=ranks.rank,
             num_ranks=ranks.size,
             least_tail=2,  # the same batches for any number of ranks: norms and losses span them
-            contract_digest=digest,
         )
         self._held_back = BatchStream(
-            views.encoded,
+            shards,
             batch_size=_EVALUATE_ROWS,
             order="sequential",
             rows=stop,
             rank=ranks.rank,
             num_ranks=ranks.size,
-            contract_digest=digest,
         )
         self._loader = loader(self._stream, num_workers=resources.workers, warn=warn)
         self.there = to_device(
@@ -430,6 +446,7 @@ class MultiHeadLearner:
         self.on_first: Callable[[Batch], None] | None = None  # hears the first batch of a run
         self.batch_rows = batch_rows
         self.num_ranks = ranks.size
+        self.order = order
         self.data_digest = self._stream.source.digest
         self.num_rows = self._stream.num_rows
         self.num_held_back = self._held_back.num_rows
@@ -572,6 +589,7 @@ def _record(recorder: Recorder, learner: MultiHeadLearner, device: torch.device)
             "rows_learnt_from": learner.num_rows,
             "rows_held_back": learner.num_held_back,
             "batch_rows": learner.batch_rows,
+            "order": learner.order,
             "transfer": learner.there.choice.mode,
             "pinned_bytes": learner.there.pinned_bytes,
             "ranks": learner.num_ranks,

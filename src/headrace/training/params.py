@@ -18,6 +18,8 @@ class TrainingParams(Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     max_epochs: Annotated[int, Field(ge=1)] = 60
     patience: Annotated[int, Field(ge=1)] = 6  # epochs without a gain before training ends
+    # Which rows come when (see headrace.data.order). auto: exact up to 8 GiB of rows, then window
+    order: Literal["auto", "exact", "window", "block"] = "auto"
     batch_rows: Annotated[int, Field(ge=2)] | None = None  # None: by the number of rows
     learning_rate: Annotated[float, Field(gt=0)] = 1.0e-3
     schedule: Literal["constant", "cosine"] = "constant"  # cosine falls to 1 % over max_epochs
