@@ -6,7 +6,6 @@ written here from the rows of the synthetic table over and over: loading does no
 
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ from benchmarks._rates import rate_row, share_row
 from benchmarks.harness import Row, measure
 from headrace.data.encoder import EncodedBatch, Encoder
 from headrace.data.shards import ShardWriter, open_shards, write_schema
-from headrace.data.stream import Batch, BatchStream, stream, unpack
+from headrace.data.stream import BatchStream, loader, stream
+from headrace.data.transfer import to_device
 from headrace.models.nn import NnParams, fit
 from headrace.models.protocol import TrainViews
 from headrace.params import Resources
@@ -134,22 +134,7 @@ def _write_long(encoded: Path, out: Path, num_rows: int) -> None:
 
 
 def _drain(batches: BatchStream) -> int:
-    num_rows = sum(len(batch) for batch in _on_device(batches))
+    there = to_device(loader(batches), "cuda", mode="prefetch")
+    num_rows = sum(len(batch) for batch in there)
     torch.cuda.synchronize()
     return num_rows
-
-
-def _on_device(batches: BatchStream) -> Iterator[Batch]:
-    """Copy the next packed batch on a CUDA stream of its own while one is used; unpack it there."""
-    copies, ahead = torch.cuda.Stream(), None
-    for packed_BR in map(torch.from_numpy, batches.packed(batches.position)):
-        pinned = packed_BR.pin_memory()
-        with torch.cuda.stream(copies):
-            moved = pinned.to("cuda", non_blocking=True)
-        if ahead is not None:
-            torch.cuda.current_stream().wait_stream(copies)
-            yield unpack(ahead, batches.schema.rows)
-        ahead = moved
-    torch.cuda.current_stream().wait_stream(copies)
-    if ahead is not None:
-        yield unpack(ahead, batches.schema.rows)
