@@ -69,7 +69,7 @@ Rows: TypeAlias = pa.RecordBatch | pa.Table
 Result = TypeVar("Result")
 Floats: TypeAlias = npt.NDArray[np.float64]
 
-_BATCH_BYTES = 20 << 20  # of float64 cells; fixed, because means are merged batch by batch
+_BATCH_BYTES = 32 << 20  # of float64 cells; fixed, because means are merged batch by batch
 _LEAST_BATCH_ROWS = 4096
 _NO_NULLS = np.empty(0, np.uint8)
 _MAX_COUNTED_LABELS = 2_000_000  # a category with more is counted approximately
