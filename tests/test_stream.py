@@ -16,9 +16,12 @@ from hypothesis import strategies as st
 import headrace
 from headrace.data.order import KINDS, Position
 from headrace.data.shards import open_shards
-from headrace.data.stream import BatchStream, loader, stream
+from headrace.data.stream import BatchStream, loader, stream, to_tensors
 from headrace.errors import ConfigError, IntegrityError, ResourceError
-from tests.encode_tables import encode_example
+from headrace.params import Resources
+from headrace.record import MemoryRecorder
+from headrace.stages.encode import EncodeParams, encode
+from tests.encode_tables import ROLES, encode_example, example_columns, write_table
 
 
 @pytest.fixture(scope="module")
@@ -405,3 +408,25 @@ def test_samples_are_the_rows_one_by_one(folder, num_workers):
             torch.nan_to_num(whole),
             torch.nan_to_num(torch.cat([getattr(batch, name) for batch in expected])),
         )
+
+
+@pytest.mark.parametrize("left", ["numeric", "category"])
+def test_a_set_may_have_numbers_alone_or_categories_alone(tmp_path, left):
+    """The other tensor has no column, in a batch with rows and in one without."""
+    columns = example_columns(120)
+    names = [name for name in columns if ROLES[name] in (left, "target")]
+    roles = {name: ROLES[name] for name in names}
+    write_table(tmp_path / "reduce", {"train": {n: columns[n] for n in names}}, roles=roles)
+    encode(
+        tmp_path / "reduce",
+        tmp_path / "encode",
+        EncodeParams(),
+        resources=Resources(),
+        recorder=MemoryRecorder(),
+    )
+    batches = stream(tmp_path / "encode", batch_size=50)
+    shapes = {(batch.numeric.shape[1], batch.codes.shape[1]) for batch in batches}
+    none = to_tensors(open_shards(tmp_path / "encode", "train").slice(0, 0))
+
+    assert shapes == {(3, 0) if left == "numeric" else (0, 2)}
+    assert (none.numeric.shape[1], none.codes.shape[1]) in shapes

@@ -720,7 +720,7 @@ def unpack(packed_BR: torch.Tensor, layout: RowLayout) -> Batch:
     for field in layout.fields:
         dtype = _DTYPES[field.dtype]
         if field.width == 0 or not len(packed_BR):  # PyTorch cannot view no bytes as another type
-            shape = (len(packed_BR), field.width or 1)
+            shape = (len(packed_BR), 1 if field.width is None else field.width)
             view = packed_BR.new_empty(shape, dtype=dtype)
         else:
             view = packed_BR[:, field.offset : field.offset + field.num_bytes].view(dtype)
