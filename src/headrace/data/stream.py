@@ -188,7 +188,7 @@ class BatchStream(IterableDataset[Batch]):
                 f"{sampling or order!r} would do again for each batch; use order='window', or "
                 f"encode the table once"
             )
-        window_pieces = -(-window_rows // max(sizes, default=1))  # at least so many rows
+        window_pieces = -(-window_rows // max(1, *sizes, 1))  # at least so many rows
         self._order = RowOrder(order, sizes, seed, window_pieces, block_rows)
         self._sampling = _sampling(sampling, source, seed, self._rows)
         drawn = self._order if self._sampling is None else self._sampling
