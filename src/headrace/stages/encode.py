@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from headrace.data.encoder import EncodedBatch, Encoder, encode_batches, fit_encoder
+from headrace.data.encoder import Encoder, encode_batches, fit_encoder
 from headrace.data.layout import NumericDtype
 from headrace.data.shards import (
     SHARD_SPLITS,
@@ -27,6 +27,7 @@ from headrace.data.shards import (
     write_schema,
 )
 from headrace.data.table import Table, open_table
+from headrace.data.usable import refuse_unusable
 from headrace.errors import DataError, ResourceError
 from headrace.memory import format_bytes
 from headrace.params import Bytes, Resources, Section
@@ -154,7 +155,7 @@ def _write_split(
         for batch, in_batch in encode_batches(
             table, split, encoder.columns, encoder.transform_reusing, threads=threads
         ):
-            _refuse_unusable(batch, encoder, split)
+            refuse_unusable(batch, encoder, split)
             num_infinite += in_batch
             written.num_done += len(batch)
             if split == "train":
@@ -182,26 +183,6 @@ def _completed(schema: ShardSchema, params: EncodeParams, written: _Written) -> 
             for name, error in zip(schema.numeric, worst, strict=True)
         )
     return schema.model_copy(update={"splits": written.sizes, "float16_errors": errors})
-
-
-def _refuse_unusable(batch: EncodedBatch, encoder: Encoder, split: str) -> None:
-    faults = []
-    is_bad = ~((batch.weight >= 0) & np.isfinite(batch.weight))
-    if is_bad.any():
-        faults.append(
-            (f"the weight {encoder.contract.weight!r} null, negative or infinite", is_bad)
-        )
-    for j, target in enumerate(encoder.targets):
-        is_bad = np.isinf(batch.targets[:, j])
-        if is_bad.any():
-            faults.append((f"the target {target.name!r} infinite or beyond float32", is_bad))
-    if faults:
-        named = "; ".join(
-            f"{int(is_bad.sum())} rows of {split} have {what} "
-            f"(first row ids: {[str(row) for row in batch.row_id[is_bad][:3]]})"
-            for what, is_bad in faults
-        )
-        raise DataError(f"{named}. Filter or repair them in the SQL recipe")
 
 
 def _refuse_small_memory(table: Table, params: EncodeParams, resources: Resources) -> None:
