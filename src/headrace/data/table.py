@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from headrace.errors import IntegrityError, SchemaError, nearest
+from headrace.errors import DataError, IntegrityError, SchemaError, nearest
 from headrace.schema import FOLD, ROW_ID, SPLITS, Contract, read_contract
 from headrace.storage import folder_digest, verify_folder
 
@@ -28,6 +28,7 @@ class Span:
     texts: frozenset[str]  # those of text
     row_groups: tuple[int, ...]
     num_rows: int
+    stamp: tuple[int, int]  # bytes of the file and time of its last change, when it was opened
 
     def batches(
         self, columns: Sequence[str], *, batch_rows: int, dictionaries: Sequence[str] = ()
@@ -36,24 +37,65 @@ class Span:
 
         ``dictionaries`` are the text columns to be read as codes and the few texts they stand
         for, as the file has them: half the time, and no text is built per row.
+
+        Raises:
+            IntegrityError: if the file is damaged, gone, or was changed since it was opened.
         """
-        with pq.ParquetFile(
-            self.path,
-            metadata=self.metadata,
-            memory_map=True,
-            read_dictionary=[name for name in dictionaries if name in self.texts] or None,
-        ) as file:
-            yield from file.iter_batches(
-                batch_rows,
-                row_groups=list(self.row_groups),
-                columns=list(columns),
-                use_threads=False,
+        self.refuse_changed()
+        try:
+            with pq.ParquetFile(
+                self.path,
+                metadata=self.metadata,
+                memory_map=True,
+                read_dictionary=[name for name in dictionaries if name in self.texts] or None,
+            ) as file:
+                yield from file.iter_batches(
+                    batch_rows,
+                    row_groups=list(self.row_groups),
+                    columns=list(columns),
+                    use_threads=False,
+                )
+        except pa.ArrowMemoryError:
+            raise
+        except (OSError, pa.ArrowException) as error:
+            self.refuse_changed()
+            raise IntegrityError(
+                f"{self.path} cannot be decoded in the row groups {list(self.row_groups)} "
+                f"({error}); write the file again"
+            ) from error
+        self.refuse_changed()
+
+    def refuse_changed(self) -> None:
+        """Check that the file is still the one that was opened.
+
+        Raises:
+            IntegrityError: if its length or time of change is another, or if it is gone.
+        """
+        try:
+            stamp = _stamp(self.path)
+        except OSError as error:
+            raise IntegrityError(
+                f"{self.path} was opened and cannot be reached any more ({error.strerror}); put it "
+                f"back, or open the files again"
+            ) from error
+        if stamp != self.stamp:
+            raise IntegrityError(
+                f"{self.path} was changed after it was opened; leave the files alone while they "
+                f"are read, and open them again"
             )
 
 
 def file_spans(path: Path, *, span_rows: int) -> list[Span]:
-    """Cut a Parquet file into spans of at least ``span_rows`` rows; the last may be shorter."""
-    metadata = pq.read_metadata(path, memory_map=True)
+    """Cut a Parquet file into spans of at least ``span_rows`` rows; the last may be shorter.
+
+    Raises:
+        DataError: if it is not a Parquet file, or cannot be read.
+    """
+    try:
+        stamp = _stamp(path)
+        metadata = pq.read_metadata(path, memory_map=True)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(f"{path} is not a whole Parquet file ({error}); write it again") from error
     schema = metadata.schema.to_arrow_schema()
     texts = frozenset(
         field.name
@@ -68,9 +110,14 @@ def file_spans(path: Path, *, span_rows: int) -> list[Span]:
         groups.append(group)
         num_rows += metadata.row_group(group).num_rows
         if num_rows >= span_rows or group == metadata.num_row_groups - 1:
-            spans.append(Span(path, metadata, columns, texts, tuple(groups), num_rows))
+            spans.append(Span(path, metadata, columns, texts, tuple(groups), num_rows, stamp))
             groups, num_rows = [], 0
     return spans
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 @dataclass(frozen=True)
