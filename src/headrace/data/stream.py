@@ -189,6 +189,8 @@ class BatchStream(IterableDataset[Batch]):
                 f"encode the table once"
             )
         window_pieces = -(-window_rows // max(1, *sizes, 1))  # at least so many rows
+        if isinstance(source, ParquetRows):
+            source.hold(window_pieces if order == "window" else 1)
         self._order = RowOrder(order, sizes, seed, window_pieces, block_rows)
         self._sampling = _sampling(sampling, source, seed, self._rows)
         drawn = self._order if self._sampling is None else self._sampling
