@@ -450,5 +450,3 @@ def test_what_cannot_take_effect_is_refused_before_anything_is_measured(project)
     make_case(project.root / "data")
     with pytest.raises(DependencyError, match="nn trains on cpu here"):
         run_command(project, steps=True)
-    with pytest.raises(ConfigError, match=r"the folder .*nowhere does not exist"):
-        run_command(project, json=project.root / "nowhere" / "figures.json")

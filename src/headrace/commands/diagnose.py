@@ -59,8 +59,6 @@ def diagnose(
     kind = streaming_kind(model)
     params: Any = settings.section(f"train@{model}")
     resources = settings.resources
-    if json is not None and not json.parent.is_dir():
-        raise ConfigError(f"--json {json}: the folder {json.parent} does not exist; make it first")
     views = _views(project)
 
     from headrace.training.device import pick_device
