@@ -156,7 +156,7 @@ def test_a_given_checkpoint_of_another_stage_names_both(tmp_path):
     there = shutil.copytree(leave(tmp_path), tmp_path / "kept")
     key = there / "key.json"
     key.write_text(key.read_text().replace(STAGE, "train@other"))
-    with pytest.raises(ConfigError, match="it is of stage train@other, not train@nn$"):
+    with pytest.raises(ConfigError, match=r"it is of stage train@other, not train@nn$"):
         ask(tmp_path, resume=there)
 
 

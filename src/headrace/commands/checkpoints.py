@@ -72,7 +72,7 @@ def checkpoint_folder(
     and what differs. ``resume`` is a checkpoint, or a folder of them, to start from.
 
     Raises:
-        ConfigError: if ``resume`` is missing, has no key, or is of another one, naming what differs.
+        ConfigError: if ``resume`` is missing, without a key, or of another key, with what differs.
     """
     folder = own_folder(project, stage, entry)
     given = None if resume is None else _given_file(resume, entry)

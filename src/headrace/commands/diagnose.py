@@ -11,17 +11,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from headrace.commands.forecast import RUN_BYTES
 from headrace.commands.settings import read_settings
-from headrace.errors import ConfigError, DependencyError
+from headrace.commands.views import encoded_views
+from headrace.errors import DependencyError
 from headrace.memory import format_bytes
-from headrace.models.protocol import TrainViews, choose_stop_fold, streaming_kind
+from headrace.models.protocol import streaming_kind
 from headrace.project import Project
-from headrace.schema import read_contract
 from headrace.storage import write_json
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ def diagnose(
     kind = streaming_kind(model)
     params: Any = settings.section(f"train@{model}")
     resources = settings.resources
-    views = _views(project)
+    views = encoded_views(project.data("reduce"), project.data("encode"), project.cache)
 
     from headrace.training.device import pick_device
     from headrace.training.diagnosis import Setting
@@ -127,22 +126,6 @@ def as_json(found: "Diagnosis", model: str) -> dict[str, Any]:
     if found.check is not None:
         told["check"] |= {"predicted": found.check.predicted, "error": found.check.error}
     return told
-
-
-def _views(project: Project) -> TrainViews:
-    from headrace.data.shards import open_shards
-
-    encoded = project.data("encode")
-    shards = open_shards(encoded, _SPLIT)
-    folds = tuple(fold for fold in np.unique(shards.read("fold")).tolist() if fold >= 0)
-    return TrainViews(
-        project.data("reduce"),
-        encoded,
-        project.cache,
-        read_contract(encoded),
-        folds,
-        choose_stop_fold(folds),
-    )
 
 
 def _compare_steps(learner: Any, device: Any, console: Console) -> list[dict[str, Any]]:
