@@ -327,7 +327,8 @@ def diagnose(
         bool, typer.Option("--check/--no-check", help="Run the best proposal for a few seconds.")
     ] = True,
     steps: Annotated[
-        bool, typer.Option("--steps", help="On CUDA: eager, compiled and graph steps compared.")
+        bool,
+        typer.Option("--steps", help="Compare other ways to run a step; on CUDA, more of them."),
     ] = False,
     json: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the figures there.")
