@@ -298,7 +298,8 @@ def test_resume_at_the_command_line_is_used_or_refused(project, monkeypatch, tmp
     refused = headrace("stage", STAGE, "--resume", "../kept")
     elsewhere = headrace("stage", "train@baseline", "--resume", "../kept")
     edit(project, "batch_rows: 128", "batch_rows: 64")
-    used = headrace("stage", STAGE, "--resume", "../kept/newest.ckpt")
+    good = shutil.copytree(kept, project.checkpoints / STAGE / "good")
+    used = headrace("stage", STAGE, "--resume", str(good.relative_to(project.root)))
 
     assert refused.returncode == elsewhere.returncode == 2
     assert "parameter train.nn.batch_rows 64 → 128" in refused.stderr
@@ -306,7 +307,8 @@ def test_resume_at_the_command_line_is_used_or_refused(project, monkeypatch, tmp
     assert refused.stderr.count("\n") == elsewhere.stderr.count("\n") == 1
     assert used.returncode == 0, used.stderr
     assert "Resumed in epoch 2 after 2 batches" in journal_of(project)
-    assert (kept / NEWEST).is_file()
+    assert (good / NEWEST).is_file()
+    assert list(good.parent.iterdir()) == [good]  # the run's own are gone
 
 
 def headrace(*arguments: str) -> "subprocess.CompletedProcess[str]":
