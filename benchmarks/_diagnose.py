@@ -1,8 +1,9 @@
 """How near `headrace diagnose` foretells what its proposal brings, on the default network.
 
 The loop is measured at small, middle and large batches of the flights example; each time the best
-proposal is run beside the present setting, and the row is the median of the errors. The network is
-trained for a fraction of a second at a time; nothing is kept.
+proposal is run beside the present setting. The worst of the errors is judged; a busy machine shows
+there first, so their median stands beside it. The network is trained for a fraction of a second at
+a time; nothing is kept.
 """
 
 import os
@@ -10,15 +11,12 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from benchmarks.harness import Row
-from headrace.data.shards import open_shards
+from headrace.commands.views import encoded_views
 from headrace.models.nn import NnParams, open_learner
-from headrace.models.protocol import TrainViews
 from headrace.params import Resources
-from headrace.schema import read_contract
 from headrace.training.diagnosis import Check, Diagnosis, Setting, diagnose
 
 BATCH_ROWS = (64, 128, 256)  # larger ones are bound by arithmetic, and nothing is proposed
@@ -39,13 +37,11 @@ def rows(encoded: Path, *, quick: bool) -> list[Row]:
     for one in found:
         print(told(one))
     return [
-        Row(
-            "diagnose: predicted against measured rows/s of the proposal",
+        _error_row("worst", max(errors, default=100.0), must=25, reference=_reference(checks)),
+        _error_row(
+            "median",
             statistics.median(errors) if errors else 100.0,
-            "%",
-            must=25,
-            higher_is_better=False,
-            reference=_reference(checks, errors),
+            reference=", ".join(f"{error:.0f} %" for error in sorted(errors)),
         ),
         Row(
             "diagnose: peak memory of a step from smaller batches",
@@ -61,9 +57,7 @@ def rows(encoded: Path, *, quick: bool) -> list[Row]:
 def examine(encoded: Path, batch_rows: int, *, seconds: float) -> Diagnosis:
     """Diagnose the default network at one batch size."""
     params = NnParams(batch_rows=batch_rows, device="cpu")
-    fold = open_shards(encoded, "train").read("fold")
-    folds = tuple(np.unique(fold[fold >= 0]).tolist())
-    views = TrainViews(encoded, encoded, encoded, read_contract(encoded), folds, folds[-1])
+    views = encoded_views(encoded, encoded, encoded)  # the network reads the shards alone
 
     def opened(setting: Setting) -> Any:
         changed = {"batch_rows": setting.batch_rows, "threads": setting.threads}
@@ -97,8 +91,19 @@ def told(found: Diagnosis) -> str:
     )
 
 
-def _reference(checks: list[Check], errors: list[float]) -> str:
-    if not errors:
+def _error_row(which: str, error: float, *, must: float | None = None, reference: str) -> Row:
+    return Row(
+        f"diagnose: predicted against measured rows/s of the proposal, {which} error",
+        error,
+        "%",
+        must=must,
+        higher_is_better=False,
+        reference=reference,
+    )
+
+
+def _reference(checks: list[Check]) -> str:
+    if not checks:
         return "nothing was proposed"
     fields = ", ".join(sorted({check.proposal.field for check in checks}))
-    return f"{len(checks)} checks of {fields}; {min(errors):.0f}-{max(errors):.0f} %"
+    return f"{len(checks)} checks of {fields}"

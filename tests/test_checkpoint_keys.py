@@ -9,7 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from headrace.commands.checkpoints import checkpoint_folder, require_resumable
+from headrace.commands.checkpoints import (
+    checkpoint_folder,
+    remove_checkpoints,
+    require_resumable,
+)
 from headrace.commands.init import init
 from headrace.commands.stage import run_stage
 from headrace.errors import ConfigError, Stopped
@@ -93,7 +97,7 @@ def test_one_without_its_key_is_named_too(tmp_path):
     (other / "key.json").unlink()
     _, (warning,) = ask(tmp_path, entry(nn={"seed": 1}))
 
-    assert "nothing beside it says with which data, parameters and code" in warning
+    assert "fresh: no key.json beside it says with which data, parameters and code" in warning
 
 
 def test_of_other_keys_the_newest_stays(tmp_path):
@@ -131,8 +135,57 @@ def test_a_given_checkpoint_must_be_there_and_have_its_key(tmp_path):
     with pytest.raises(ConfigError, match=r"holds neither newest\.ckpt nor before\.ckpt"):
         ask(tmp_path, resume=tmp_path)
     alone = shutil.copy(leave(tmp_path) / NEWEST, tmp_path / "alone.ckpt")
-    with pytest.raises(ConfigError, match="nothing beside it says"):
+    with pytest.raises(ConfigError) as caught:
         ask(tmp_path, resume=Path(alone))
+    assert str(caught.value) == (
+        f"--resume {alone} is refused: no key.json beside it says with which data, parameters and "
+        f"code it was made; give a checkpoint together with the key.json of the folder it was "
+        f"written to, or run without --resume to start fresh"
+    )
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"stage": "train@nn", "inputs": 1}'])
+def test_a_damaged_key_is_no_key(tmp_path, text):
+    there = shutil.copytree(leave(tmp_path), tmp_path / "kept")
+    (there / "key.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"is refused: no key\.json beside it says"):
+        ask(tmp_path, resume=there)
+
+
+def test_a_given_checkpoint_of_another_stage_names_both(tmp_path):
+    there = shutil.copytree(leave(tmp_path), tmp_path / "kept")
+    key = there / "key.json"
+    key.write_text(key.read_text().replace(STAGE, "train@other"))
+    with pytest.raises(ConfigError, match=r"it is of stage train@other, not train@nn$"):
+        ask(tmp_path, resume=there)
+
+
+def test_a_given_checkpoint_beside_those_of_the_keys_is_used_and_stays(tmp_path):
+    """By hand under a name of one's own, or under a name like a key's: both lie in the way."""
+    own = leave(tmp_path, epoch=5)
+    for name in ("good", "0123456789abcdef"):
+        given = shutil.copytree(own, own.parent / name)
+        os.utime(given / NEWEST, (1, 1))  # others are newer
+        content = (given / NEWEST).read_bytes()
+        leave(tmp_path, entry(nn={"seed": 1}))
+        folder, warnings = ask(tmp_path, resume=given)
+
+        assert warnings == []
+        assert (given / NEWEST).read_bytes() == (folder / GIVEN).read_bytes() == content
+        remove_checkpoints(folder, resume=given)
+        assert list(own.parent.iterdir()) == [given]
+        shutil.copytree(given, own)
+        shutil.rmtree(given)
+
+
+def test_after_a_stage_nothing_is_left_but_what_was_put_there_by_hand(tmp_path):
+    own = leave(tmp_path)
+    leave(tmp_path, entry(nn={"seed": 1}))
+    remove_checkpoints(own, resume=own / NEWEST)
+    assert not own.parent.exists()
+    by_hand = shutil.copytree(leave(tmp_path), own.parent / "good")
+    remove_checkpoints(own, resume=None)
+    assert list(own.parent.iterdir()) == [by_hand]
 
 
 def test_a_stage_that_takes_no_checkpoint_says_which_do():
@@ -245,7 +298,8 @@ def test_resume_at_the_command_line_is_used_or_refused(project, monkeypatch, tmp
     refused = headrace("stage", STAGE, "--resume", "../kept")
     elsewhere = headrace("stage", "train@baseline", "--resume", "../kept")
     edit(project, "batch_rows: 128", "batch_rows: 64")
-    used = headrace("stage", STAGE, "--resume", "../kept/newest.ckpt")
+    good = shutil.copytree(kept, project.checkpoints / STAGE / "good")
+    used = headrace("stage", STAGE, "--resume", str(good.relative_to(project.root)))
 
     assert refused.returncode == elsewhere.returncode == 2
     assert "parameter train.nn.batch_rows 64 → 128" in refused.stderr
@@ -253,7 +307,8 @@ def test_resume_at_the_command_line_is_used_or_refused(project, monkeypatch, tmp
     assert refused.stderr.count("\n") == elsewhere.stderr.count("\n") == 1
     assert used.returncode == 0, used.stderr
     assert "Resumed in epoch 2 after 2 batches" in journal_of(project)
-    assert (kept / NEWEST).is_file()
+    assert (good / NEWEST).is_file()
+    assert list(good.parent.iterdir()) == [good]  # the run's own are gone
 
 
 def headrace(*arguments: str) -> "subprocess.CompletedProcess[str]":

@@ -1,11 +1,16 @@
 """The command line: every error is one line and an exit code; help is light."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from headrace.cli import app
+from headrace.errors import ConfigError
 
 HEADRACE = Path(sys.executable).with_name("headrace")
 
@@ -167,3 +172,23 @@ def test_telemetry_is_off_before_any_tool_is_imported():
         [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == ["true", "true"]
+
+
+@pytest.mark.parametrize("command", ["batch", "bench", "diagnose"])
+@pytest.mark.parametrize(
+    ("file", "told"),
+    [
+        ("figures", "^--json figures is a folder; name a file in it, such as figures/out.json$"),
+        ("nowhere/a.json", "^--json nowhere/a.json: the folder .*nowhere does not exist; make it"),
+        (os.devnull, "is no regular file"),
+    ],
+)
+def test_figures_that_cannot_be_written_are_refused_before_anything_is_measured(
+    project: Path, monkeypatch: pytest.MonkeyPatch, command: str, file: str, told: str
+):
+    """The project has no encoded rows: whatever opens it first says that instead."""
+    (project / "figures").mkdir()
+    monkeypatch.chdir(project)
+    done = CliRunner().invoke(app, [command, "--json", file])
+    assert isinstance(done.exception, ConfigError)
+    assert re.search(told, str(done.exception))

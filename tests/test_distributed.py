@@ -60,9 +60,11 @@ def test_torchruns_variables_are_read():
     ("change", "told"),
     [
         ({"RANK": ""}, r"WORLD_SIZE is '4', but RANK is not set; start with `torchrun"),
-        ({"MASTER_ADDR": "", "MASTER_PORT": ""}, "but MASTER_ADDR, MASTER_PORT is not set"),
+        ({"MASTER_ADDR": "", "MASTER_PORT": ""}, "but MASTER_ADDR, MASTER_PORT are not set"),
         ({"RANK": "4"}, "RANK 4 of WORLD_SIZE 4.* make no sense"),
-        ({"LOCAL_RANK": "two"}, "no whole number: .*'two'"),
+        ({"LOCAL_RANK": "two"}, "^LOCAL_RANK is 'two', which is no whole number"),
+        ({"WORLD_SIZE": "x", "RANK": ""}, "^WORLD_SIZE is 'x', which is no number of processes"),
+        ({"WORLD_SIZE": ""}, "^WORLD_SIZE is '', which is no number of processes"),
     ],
 )
 def test_half_a_launch_is_refused(change, told):

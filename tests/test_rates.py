@@ -4,6 +4,7 @@ import itertools
 import json
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import ANY
 
 import pytest
 from rich.console import Console
@@ -15,8 +16,12 @@ from headrace.data.rates import Task, data_tasks, measure
 from headrace.data.shards import open_shards
 from headrace.data.table import open_table
 from headrace.errors import ConfigError, IntegrityError
+from headrace.params import Resources
 from headrace.project import Project
+from headrace.record import MemoryRecorder
+from headrace.stages.encode import EncodeParams, encode
 from tests import train_case
+from tests.encode_tables import write_table
 
 PARAMS = (
     "version: 1\nresources: {memory_budget: 1GiB, threads: 2}\nmodels: [MODEL]\n"
@@ -204,6 +209,35 @@ def test_every_rate_of_a_project_stands_beside_its_ceiling(project, monkeypatch)
     assert [rate["name"] for rate in content["rates"]] == list(by_name)
     assert content["train_rows"] == found.num_rows <= 5000
     assert told[0] == "warming up: read Parquet bytes"
+
+
+def test_bytes_are_those_of_the_rows_that_lie_on_the_drive(tmp_path, monkeypatch):
+    """With float16 a row has fewer of them; what the encoder makes has float32 all the same."""
+    (tmp_path / "params.yaml").write_text(PARAMS.replace("MODEL", "nn"))
+    roles = train_case.ROLES | {"gate": "numeric", "late": "target"}
+    rows = train_case.example_columns(500, targets=(train_case.LATE,))
+    reduced, encoded = tmp_path / "data" / "reduce", tmp_path / "data" / "encode"
+    splits = dict.fromkeys(("train", "valid", "test"), rows)
+    write_table(reduced, splits, roles=roles, targets=(train_case.LATE,))
+    encode(
+        reduced,
+        encoded,
+        EncodeParams(numeric="float16"),
+        resources=Resources(),
+        recorder=MemoryRecorder(),
+    )
+    monkeypatch.chdir(tmp_path)
+    found = bench(Project(tmp_path), seconds=0.01, tell=lambda _: None)
+    half = open_shards(encoded, "train").schema.rows.row_bytes
+    whole = Encoder.load(encoded).layout.row_bytes
+
+    assert half < whole
+    assert {rate.name: rate.row_bytes for rate in found.rates if rate.name != "decode"} == {
+        "read Parquet bytes": ANY,
+        "encode what is decoded": whole,
+        "decode and encode": whole,
+        **dict.fromkeys((*COPIES, *EPOCHS, "matrix products of nn", "train nn"), half),
+    }
 
 
 def test_a_project_without_a_network_says_what_is_not_measured(project, tmp_path, monkeypatch):

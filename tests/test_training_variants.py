@@ -1,9 +1,12 @@
 """Other ways to run a step give the same numbers: recomputed anywhere, the rest on a GPU."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch import nn
 
+from headrace.training import variants
 from headrace.training.device import RandomStream
 from headrace.training.loop import Losses
 from headrace.training.opwatch import watch
@@ -65,9 +68,37 @@ def test_after_recomputing_the_network_is_as_before():
     assert (before.flops, before.num_ops) == (after.flops, after.num_ops)
 
 
-def test_variants_are_refused_off_a_gpu():
-    with pytest.raises(RuntimeError, match="the network is on cpu"):
-        step_variants(Toy(network_of()), Rows(torch.ones(8, 64)))
+def test_the_variants_of_a_cpu_are_the_eager_step_and_the_recomputed_one():
+    toy = Toy(network_of())
+    before = {name: value.clone() for name, value in toy.network.state_dict().items()}
+    eager, recomputing_ = step_variants(toy, Rows(torch.rand(512, 64)), seconds=0.05)
+    assert (eager.name, recomputing_.name) == ("eager", "recomputing")
+    assert eager.is_equal
+    assert recomputing_.is_equal
+    assert recomputing_.max_difference == 0.0
+    assert recomputing_.peak_bytes < 0.8 * eager.peak_bytes
+    assert min(eager.rows_per_s, recomputing_.rows_per_s) > 0
+    assert (eager.launches, recomputing_.launches) == (None, None)
+    assert toy.network.training
+    assert "forward" not in vars(toy.network[0])
+    after = toy.network.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_a_variant_with_other_gradients_is_told(monkeypatch):
+    """A way that changes the numbers is no gain, and must not look like one."""
+    real = nn.Sequential.forward
+
+    @contextmanager
+    def broken(network):
+        network[0].forward = lambda x: real(network[0], x) * 1.5
+        yield
+        del network[0].forward
+
+    monkeypatch.setattr(variants, "recomputing", broken)
+    _, other = step_variants(Toy(network_of()), Rows(torch.rand(64, 64)), seconds=0.02)
+    assert not other.is_equal
+    assert other.max_difference > 0.1
 
 
 @pytest.mark.gpu
@@ -77,9 +108,10 @@ def test_compiled_and_graph_steps_give_the_eager_numbers_with_fewer_launches():
     toy = Toy(network_of(device=device))
     before = {name: value.clone() for name, value in toy.network.state_dict().items()}
     batch = Rows(torch.ones(256, 64, device=device))
-    eager, compiled, graph = step_variants(toy, batch, seconds=0.2)
+    eager, recomputed, compiled, graph = step_variants(toy, batch, seconds=0.2)
     assert (eager.name, compiled.name, graph.name) == ("eager", "compiled", "CUDA graph")
-    assert eager.max_difference == 0.0
+    assert eager.max_difference == recomputed.max_difference == 0.0
+    assert recomputed.peak_bytes < eager.peak_bytes
     assert graph.max_difference < 1e-6
     assert compiled.max_difference < 1e-3
     assert graph.launches < compiled.launches < eager.launches

@@ -236,9 +236,11 @@ def batch(
     """Show one encoded batch, decoded: labels, numbers in their own units, what is missing."""
     from typing import cast
 
+    from headrace.commands.outputs import json_target
+
+    file = json_target(file)  # before the folder changes to the project's
     from headrace.commands.batch import show_batch
 
-    file = file.resolve() if file else None
     shown = show_batch(
         _project(),
         split=split,
@@ -264,10 +266,12 @@ def bench(
     ] = None,
 ) -> None:
     """Measure how fast this project's rows are decoded, encoded, read and learnt from."""
+    from headrace.commands.outputs import json_target
+
+    file = json_target(file)  # before the folder changes to the project's
     from headrace.commands.bench import bench as run_bench
     from headrace.commands.bench import print_bench
 
-    file = file.resolve() if file else None
     console = _console()
     with console.status("opening") as waiting:
         found = run_bench(_project(), seconds=seconds, tell=waiting.update)
@@ -323,16 +327,19 @@ def diagnose(
         bool, typer.Option("--check/--no-check", help="Run the best proposal for a few seconds.")
     ] = True,
     steps: Annotated[
-        bool, typer.Option("--steps", help="On CUDA: eager, compiled and graph steps compared.")
+        bool,
+        typer.Option("--steps", help="Compare other ways to run a step; on CUDA, more of them."),
     ] = False,
     json: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the figures there.")
     ] = None,
 ) -> None:
     """Say what binds a training step (data, launch, arithmetic, memory), and what to change."""
+    from headrace.commands.outputs import json_target
+
+    json = json_target(json)  # before the folder changes to the project's
     from headrace.commands.diagnose import diagnose as measure
 
-    json = json.resolve() if json else None
     measure(_project(), model, check=check, steps=steps, json=json, console=_console())
 
 

@@ -5,17 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table as RichTable
 
 from headrace.commands.settings import read_settings
-from headrace.data.encoder import Encoder, open_encoder
+from headrace.commands.views import encoded_views
+from headrace.data.encoder import open_encoder
 from headrace.data.rates import ROUNDS, Rate, Task, data_tasks, measure
 from headrace.data.shards import Shards, open_shards
 from headrace.data.table import Table, open_table
 from headrace.errors import ConfigError
-from headrace.models.protocol import TrainViews, choose_stop_fold
 from headrace.params import Resources
 from headrace.project import Project
 
@@ -68,7 +67,7 @@ def bench(project: Project, *, seconds: float, tell: Callable[[str], None]) -> B
     note = ""
     if _MODEL in settings.models:
         section = settings.section(f"train@{_MODEL}")
-        tasks += _training(project, table, encoder, shards, section, resources)
+        tasks += _training(project, table, shards, section, resources)
     else:
         note = f"training is not measured: `models` in params.yaml lists no {_MODEL}"
     return Benched(measure(tasks, seconds=seconds, tell=tell), shards.num_rows, seconds, note)
@@ -102,7 +101,6 @@ def print_bench(found: Benched, console: Console) -> None:
 def _training(
     project: Project,
     table: Table,
-    encoder: Encoder,
     shards: Shards,
     section: Any,
     resources: Resources,
@@ -110,11 +108,8 @@ def _training(
     from headrace.models.nn import NnParams, open_learner
     from headrace.training.rates import training_tasks
 
-    folds = tuple(fold for fold in np.unique(shards.read("fold")).tolist() if fold >= 0)
-    views = TrainViews(
-        table.folder, shards.folder, project.cache, table.contract, folds, choose_stop_fold(folds)
-    )
+    views = encoded_views(table.folder, shards.folder, project.cache)
     params = cast(NnParams, section)
     # Worker processes would not count in this one's CPU seconds.
     learner = open_learner(views, params, resources=resources.model_copy(update={"workers": 0}))
-    return training_tasks(learner, params, row_bytes=encoder.layout.row_bytes)
+    return training_tasks(learner, params, row_bytes=shards.schema.rows.row_bytes)

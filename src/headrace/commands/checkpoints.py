@@ -4,11 +4,14 @@ Each key has a folder of its own below ``.headrace/checkpoints/STAGE``. Beside t
 ``key.json``, the entry whose digest is the key: inputs, parameters and code of the stage. So a run
 that finds only checkpoints of another key can say what differs. Of those other folders the newest
 stays, for whoever tries a parameter and goes back; the rest is removed when a run starts, and all
-of them when the stage has finished.
+of them when the stage has finished. A folder whose name is no key was put there by hand: it is left
+alone, and so is the one that ``--resume`` names.
 """
 
+import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,8 @@ from headrace.storage import (
 KEY = "key.json"
 _MOST_CHANGES = 4  # that one line names
 _MOST_LETTERS = 100  # of one of them
-_UNKNOWN = "nothing beside it says with which data, parameters and code it was made"
+_KEY_LETTERS = 16
+_UNKNOWN = f"no {KEY} beside it says with which data, parameters and code it was made"
 
 
 def stage_entry(
@@ -51,7 +55,7 @@ def stage_entry(
 
 def own_folder(project: Project, stage: str, entry: Mapping[str, Any]) -> Path:
     """Return where the checkpoints of ``entry`` lie; nothing is read or written."""
-    return project.checkpoints / stage / digest_bytes(canonical_json(entry).encode())[:16]
+    return project.checkpoints / stage / digest_bytes(canonical_json(entry).encode())[:_KEY_LETTERS]
 
 
 def checkpoint_folder(
@@ -68,20 +72,33 @@ def checkpoint_folder(
     and what differs. ``resume`` is a checkpoint, or a folder of them, to start from.
 
     Raises:
-        ConfigError: if ``resume`` is missing, or of another key, naming what differs.
+        ConfigError: if ``resume`` is missing, without a key, or of another key, with what differs.
     """
     folder = own_folder(project, stage, entry)
     given = None if resume is None else _given_file(resume, entry)
-    newest = _keep_newest_other(folder)
+    if given is not None:
+        _import(given, folder)  # before anything is removed
+    newest = _keep_newest_other(folder, given)
     if given is None and newest is not None and not _files(folder):
+        key = _read_key(newest)
         recorder.warn(
             f"checkpoint {newest.relative_to(project.root)} is not used, and training starts "
-            f"fresh: {_differences(newest, entry)}"
+            f"fresh: {_UNKNOWN if key is None else _differences(key, entry)}"
         )
     write_json(folder / KEY, entry)
-    if given is not None:
-        _import(given, folder)
     return folder
+
+
+def remove_checkpoints(folder: Path, *, resume: Path | None) -> None:
+    """Remove the checkpoints of a stage that has finished: ``folder`` and those of other keys.
+
+    What lies around ``resume`` stays if it is not ``folder`` itself.
+    """
+    for other in (folder, *_others(folder)):
+        if other == folder or not _is_around(other, resume):
+            shutil.rmtree(other, ignore_errors=True)
+    with suppress(OSError):  # something that is not ours lies there
+        folder.parent.rmdir()
 
 
 def require_resumable(stage: str, resumable: list[str]) -> None:
@@ -103,7 +120,17 @@ def _given_file(resume: Path, entry: Mapping[str, Any]) -> Path:
     if path is None:
         lacks = f"holds neither {NEWEST} nor {BEFORE}" if resume.is_dir() else "is not there"
         raise ConfigError(f"--resume {resume} {lacks}; give a checkpoint or the folder of one")
-    if differs := _differences(path.parent, entry):
+    found = _read_key(path.parent)
+    if found is None:
+        raise ConfigError(
+            f"--resume {resume} is refused: {_UNKNOWN}; give a checkpoint together with the {KEY} "
+            f"of the folder it was written to, or run without --resume to start fresh"
+        )
+    if found["stage"] != entry["stage"]:
+        raise ConfigError(
+            f"--resume {resume} is refused: it is of stage {found['stage']}, not {entry['stage']}"
+        )
+    if differs := _differences(found, entry):
         raise ConfigError(
             f"--resume {resume} is refused, for it belongs to another stage key: {differs}. Undo "
             f"that, or run without --resume to start fresh"
@@ -118,17 +145,21 @@ def _import(given: Path, folder: Path) -> None:
         shutil.copyfileobj(source, target)
 
 
-def _differences(folder: Path, entry: Mapping[str, Any]) -> str:
-    """Return what differs between the key of ``folder`` and ``entry``; empty if nothing."""
+def _read_key(folder: Path) -> Mapping[str, Any] | None:
+    """Return the entry that the checkpoints in ``folder`` belong to; None if nothing says it."""
     try:
         found = read_json(folder / KEY)
     except HeadraceError:
-        return _UNKNOWN
-    if not isinstance(found, Mapping) or not found.keys() >= entry.keys():
-        return _UNKNOWN
+        return None
+    parts = ("inputs", "parameters", "code")
+    if not isinstance(found, Mapping) or not isinstance(found.get("stage"), str):
+        return None
+    return found if all(isinstance(found.get(part), Mapping) for part in parts) else None
+
+
+def _differences(found: Mapping[str, Any], entry: Mapping[str, Any]) -> str:
+    """Return what differs between two entries of one stage; empty if nothing."""
     told = []
-    if found["stage"] != entry["stage"]:
-        return f"it is of stage {found['stage']}"
     for name, change in value_changes("", found["parameters"], entry["parameters"]):
         told.append(f"parameter {name} {change}")
     for kind in ("inputs", "code"):
@@ -139,19 +170,33 @@ def _differences(folder: Path, entry: Mapping[str, Any]) -> str:
     return "; ".join(told[:_MOST_CHANGES]) + (f"; and {beyond} more" if beyond > 0 else "")
 
 
-def _keep_newest_other(folder: Path) -> Path | None:
-    """Of the folders beside ``folder``, keep and return the one with the newest checkpoint."""
-    others = list(folder.parent.iterdir()) if folder.parent.is_dir() else []
+def _keep_newest_other(folder: Path, given: Path | None) -> Path | None:
+    """Of the other keys' folders, keep and return the one with the newest checkpoint.
+
+    The one around ``given`` stays too.
+    """
+    others = _others(folder)
     ages = {
         other: max(path.stat().st_mtime for path in files)
         for other in others
-        if other != folder and (files := _files(other))
+        if (files := _files(other))
     }
     newest = max(ages, key=lambda other: ages[other], default=None)
     for other in others:
-        if other not in (folder, newest):
+        if other != newest and not _is_around(other, given):
             shutil.rmtree(other, ignore_errors=True)
     return newest
+
+
+def _others(folder: Path) -> list[Path]:
+    """Return the folders of other keys beside ``folder``."""
+    beside = folder.parent.iterdir() if folder.parent.is_dir() else ()
+    name = re.compile(f"[0-9a-f]{{{_KEY_LETTERS}}}")
+    return [other for other in beside if other != folder and name.fullmatch(other.name)]
+
+
+def _is_around(folder: Path, path: Path | None) -> bool:
+    return path is not None and path.resolve().is_relative_to(folder.resolve())
 
 
 def _files(folder: Path) -> list[Path]:

@@ -11,27 +11,27 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from headrace.commands.forecast import RUN_BYTES
 from headrace.commands.settings import read_settings
-from headrace.errors import ConfigError, DependencyError
+from headrace.commands.views import encoded_views
 from headrace.memory import format_bytes
-from headrace.models.protocol import TrainViews, choose_stop_fold, streaming_kind
+from headrace.models.protocol import streaming_kind
 from headrace.project import Project
-from headrace.schema import read_contract
 from headrace.storage import write_json
 
 if TYPE_CHECKING:
     from headrace.training.diagnosis import Diagnosis, Proposal
+    from headrace.training.variants import Variant
 
 _SPLIT = "train"
 _KEPT = {  # what a change does to the result
     "batch_rows": "changes the weights: compare the metrics before you keep it",
     "threads": "changes the weights' last bits",
     "workers": "leaves the weights as they are",
+    "transfer": "leaves the weights as they are",
 }
 
 
@@ -47,34 +47,32 @@ def diagnose(
 ) -> None:
     """Measure the training loop of ``model`` and print where its time goes.
 
-    ``check``: run the best proposal. ``steps``: compare other ways to run a step, on CUDA.
+    ``check``: run the best proposal. ``steps``: compare other ways to run a step.
     ``seconds``: for one measurement.
 
     Raises:
         ConfigError: if there is no such model, or it does not train from shards.
-        DependencyError: if ``steps`` is asked for and training is not on CUDA.
+        DependencyError: if the device of the model's section is not there.
         IntegrityError: if ``encode`` has not run, or what it wrote is damaged.
     """
     settings = read_settings(project)
     kind = streaming_kind(model)
     params: Any = settings.section(f"train@{model}")
     resources = settings.resources
-    if json is not None and not json.parent.is_dir():
-        raise ConfigError(f"--json {json}: the folder {json.parent} does not exist; make it first")
-    views = _views(project)
+    views = encoded_views(project.data("reduce"), project.data("encode"), project.cache)
 
-    from headrace.training.device import pick_device
+    from headrace.training.device import pick_device, torch_threads
     from headrace.training.diagnosis import Setting
     from headrace.training.diagnosis import diagnose as measure
 
     device = pick_device(params.device)
-    if steps and device.type != "cuda":
-        raise DependencyError(
-            f"--steps compares ways to run a step on CUDA, but {model} trains on {device.type} here"
-        )
 
     def open_learner(setting: Setting) -> Any:
-        changed = {"batch_rows": setting.batch_rows, "threads": setting.threads}
+        changed = {
+            "batch_rows": setting.batch_rows,
+            "threads": setting.threads,
+            "transfer": setting.transfer,
+        }
         return kind.open_learner(
             views,
             params.model_copy(update=changed),
@@ -83,7 +81,7 @@ def diagnose(
 
     found = measure(
         open_learner,
-        Setting(params.batch_rows, params.threads, resources.workers),
+        Setting(params.batch_rows, params.threads, resources.workers, params.transfer),
         params,
         device=device,
         files=[path for path in sorted((views.encoded / _SPLIT).rglob("*")) if path.is_file()],
@@ -94,11 +92,13 @@ def diagnose(
         seconds=seconds,
         copy=(lambda batch: batch.to(device)) if device.type == "cuda" else None,
         arrives=True,
+        travels=(lambda learner: learner.there.choice.mode) if device.type == "cuda" else None,
     )
     print_diagnosis(found, model, console)
     told = as_json(found, model)
     if steps:
-        told["variants"] = _compare_steps(open_learner(found.setting), device, console)
+        with torch_threads(found.setting.threads):
+            told["variants"] = _compare_steps(open_learner(found.setting), device, console)
     if json is not None:
         write_json(json, told)
 
@@ -131,22 +131,6 @@ def as_json(found: "Diagnosis", model: str) -> dict[str, Any]:
     return told
 
 
-def _views(project: Project) -> TrainViews:
-    from headrace.data.shards import open_shards
-
-    encoded = project.data("encode")
-    shards = open_shards(encoded, _SPLIT)
-    folds = tuple(fold for fold in np.unique(shards.read("fold")).tolist() if fold >= 0)
-    return TrainViews(
-        project.data("reduce"),
-        encoded,
-        project.cache,
-        read_contract(encoded),
-        folds,
-        choose_stop_fold(folds),
-    )
-
-
 def _compare_steps(learner: Any, device: Any, console: Console) -> list[dict[str, Any]]:
     from headrace.training.variants import step_variants
 
@@ -156,12 +140,18 @@ def _compare_steps(learner: Any, device: Any, console: Console) -> list[dict[str
     finally:
         learner.close()
     for one in found:
-        console.print(
-            f"{one.name} step: {one.rows_per_s:,.0f} rows/s, {one.launches} launches, outputs "
-            f"differ by {one.max_difference:.1g} at most",
-            highlight=False,
-        )
+        console.print(_variant(one), highlight=False, soft_wrap=True)
     return [asdict(one) for one in found]
+
+
+def _variant(one: "Variant") -> str:
+    parts = [f"{one.rows_per_s:,.0f} rows/s"]
+    if one.launches is not None:
+        parts.append(f"{one.launches} launches")
+    if one.peak_bytes is not None:
+        parts.append(f"{format_bytes(one.peak_bytes)} at its peak")
+    same = "the same bits" if one.is_equal else f"{one.max_difference:.1g} off at most"
+    return f"{one.name} step: {', '.join(parts)}; loss and gradients {same}"
 
 
 def _table(found: "Diagnosis") -> Table:

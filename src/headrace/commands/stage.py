@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from headrace.commands.checkpoints import (
     checkpoint_folder,
     own_folder,
+    remove_checkpoints,
     require_resumable,
     stage_entry,
 )
@@ -267,7 +268,7 @@ def _call(
             checkpoints=checkpoints,
             **told,
         )
-        shutil.rmtree(checkpoints.parent, ignore_errors=True)
+        remove_checkpoints(checkpoints, resume=resume)
         return result
     members = {member: data(f"train@{member}") for member in settings.models}
     if name == "stack":

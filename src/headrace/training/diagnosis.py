@@ -29,6 +29,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from headrace.data.transfer import Mode
 from headrace.errors import DataError, ResourceError
 from headrace.memory import held_bytes
 from headrace.training.ceilings import (
@@ -66,9 +67,11 @@ _ROUNDS = 9
 _WATCHED = 7
 _TURNS = 5
 _STEPS = 6  # of a turn
+_INDEX_BYTES = 8  # of a row number, which is all that travels to a resident set
 _STREAM = 99  # name of the random stream; a training run has its own
 
-Field = Literal["batch_rows", "threads", "workers"]
+Field = Literal["batch_rows", "threads", "workers", "transfer"]
+HARMLESS: tuple[Field, ...] = ("workers", "transfer")  # they leave the weights as they are
 
 
 class Diagnosable(Learner, Protocol):
@@ -88,6 +91,7 @@ class Setting:
     batch_rows: int | None
     threads: int
     workers: int
+    transfer: Mode = "auto"
 
 
 OpenLearner = Callable[[Setting], Diagnosable]
@@ -265,6 +269,7 @@ def diagnose(
     disk: Disk | None = None,
     copy: Callable[[Any], Any] | None = None,
     arrives: bool = False,
+    travels: Callable[[Any], Mode] | None = None,
 ) -> Diagnosis:
     """Measure the loop at ``setting``; say what binds, what to change, and what that brings.
 
@@ -282,6 +287,7 @@ def diagnose(
         disk: what is known of the drive, instead of measuring it.
         copy: brings a batch to the device; None where the batch is used where it is.
         arrives: the learner's batches are on the device already, so waiting includes the copy.
+        travels: says how the batches of a learner reach the device; None where they do not travel.
 
     Raises:
         DataError: if the table has fewer than four rows to learn from.
@@ -292,7 +298,7 @@ def diagnose(
         if learner.num_rows < 4:
             raise DataError(f"{learner.num_rows} rows to learn from are too few to measure a step")
         setting = replace(setting, batch_rows=learner.batch_rows)
-        lab = _Lab(open_learner, setting, params, device, learner, copy, arrives, seconds)
+        lab = _Lab(open_learner, setting, params, device, learner, copy, arrives, travels, seconds)
         lab.measure()
         found = lab.diagnosis(
             disk, budget_bytes, around_bytes, sum(f.stat().st_size for f in files)
@@ -374,6 +380,32 @@ def split_step(
     return fixed - traffic, arithmetic, traffic + work - arithmetic
 
 
+def with_transfer(
+    mode: Mode,
+    costs: Costs,
+    *,
+    num_rows: int,
+    row_bytes: int,
+    upload_bytes_per_s: float,
+    host_bytes_per_s: float,
+    device_bytes_per_s: float,
+) -> Costs:
+    """Return what is left of ``costs``, those of plain copies, when batches travel as ``mode``.
+
+    ``prefetch``: rows are copied once more on the host, into page-locked memory, and then travel
+    beside the step; what takes longer than the step is waited for. ``resident``: row numbers
+    travel, and the device gathers; nothing is read on the host. Rates of copies within a memory
+    count bytes read and written.
+    """
+    if mode == "prefetch":
+        staged = 2 * row_bytes / host_bytes_per_s
+        beyond = num_rows * row_bytes / upload_bytes_per_s - costs.step.at(num_rows)
+        wait = Line(costs.wait.fixed, costs.wait.per_row + staged)
+        return replace(costs, wait=wait, copy=Line(0.0, max(0.0, beyond) / num_rows))
+    gathered = _INDEX_BYTES / upload_bytes_per_s + 2 * row_bytes / device_bytes_per_s
+    return replace(costs, wait=Line(0.0, 0.0), copy=Line(0.0, gathered))
+
+
 def proposals(
     alternatives: Iterable[tuple[Field, Setting, Costs]], found: Diagnosis
 ) -> tuple[Proposal, ...]:
@@ -389,7 +421,7 @@ def proposals(
         if gain >= MIN_GAIN * (best[field].gain if field in best else 1.0):
             best[field] = Proposal(field, setting, gain)
     order = sorted(best.values(), key=lambda one: one.gain, reverse=True)
-    harmless = [one for one in order if one.field == "workers"]
+    harmless = [one for one in order if one.field in HARMLESS]
     if harmless and harmless[0].gain * MIN_GAIN >= order[0].gain:
         order.remove(harmless[0])
         order.insert(0, harmless[0])
@@ -419,6 +451,7 @@ class _Lab:
         learner: Diagnosable,
         copy: Callable[[Any], Any] | None,
         arrives: bool,
+        travels: Callable[[Any], Mode] | None,
         seconds: float,
     ) -> None:
         self._open = open_learner
@@ -428,6 +461,7 @@ class _Lab:
         self._learner = learner
         self._copy = copy
         self._arrives = arrives
+        self._travels = travels
         self._seconds = seconds
         self._wait = waiter(device)
         learner.network.train()
@@ -510,10 +544,14 @@ class _Lab:
                         replace(now, threads=threads),
                         self._with_threads(threads, costs),
                     )
-        is_waiting = costs.wait.at(rows) * MIN_GAIN > costs.seconds(rows) * (MIN_GAIN - 1)
-        if now.workers == 0 and is_waiting and cores > now.threads:
+        step_s, wait_s, copy_s = costs.seconds(rows), costs.wait.at(rows), costs.copy.at(rows)
+        if now.workers == 0 and _could_gain(wait_s, step_s) and cores > now.threads:
             with suppress(ResourceError):  # where none can start here, none is proposed
                 yield "workers", replace(now, workers=1), self._with_worker(costs)
+        if self._travels and copy_s and _could_gain(wait_s + copy_s, step_s):
+            mode = self._quicker_transfer(self._travels)
+            if mode is not None:
+                yield "transfer", replace(now, transfer=mode), self._with_transfer(mode, costs)
 
     def check(self, proposal: Proposal, *, is_cold: bool) -> Check:
         """Run the loop with the present and with the proposed setting, in turns."""
@@ -658,6 +696,7 @@ class _Lab:
             self.copy_seconds,
             ceiling_s=self.rows * self.row_bytes / rate,
             ceiling=_rate_text(rate),
+            note=self._travels(self._learner) if self._travels else "",
         )
 
     def _step_stages(self) -> tuple[Stage, Stage, Stage]:
@@ -716,6 +755,26 @@ class _Lab:
         with closing(self._open(setting)) as learner:
             wait = self._waiting(self._loop(learner, lambda _: time.sleep(rest), setting))
         return replace(costs, wait=Line(0.0, wait / self.rows))
+
+    def _quicker_transfer(self, travels: Callable[[Any], Mode]) -> Mode | None:
+        """What ``auto`` would choose here, if batches travel plainly and it would not."""
+        if travels(self._learner) != "plain":
+            return None
+        with closing(self._open(replace(self._setting, transfer="auto"))) as learner:
+            mode = travels(learner)
+        return None if mode == "plain" else mode
+
+    def _with_transfer(self, mode: Mode, costs: Costs) -> Costs:
+        budget_s = self._seconds
+        return with_transfer(
+            mode,
+            costs,
+            num_rows=self.rows,
+            row_bytes=self.row_bytes,
+            upload_bytes_per_s=upload_bytes_per_s(self._device, budget_s=budget_s),
+            host_bytes_per_s=copy_bytes_per_s(torch.device("cpu"), budget_s=budget_s),
+            device_bytes_per_s=copy_bytes_per_s(self._device, budget_s=budget_s),
+        )
 
     def _memory(self, budget_bytes: int, around_bytes: int) -> Memory:
         small = [size for size in self.sizes if size < self.tried] or [self.tried]
@@ -809,6 +868,11 @@ def kernel_launches(work: Callable[[], object]) -> int:
         torch.cuda.synchronize()
     names = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cudaGraphLaunch")
     return sum(event.count for event in trace.key_averages() if event.key.startswith(names))
+
+
+def _could_gain(spared_s: float, step_s: float) -> bool:
+    """Whether a step without ``spared_s`` would bring what a proposal must."""
+    return spared_s * MIN_GAIN > step_s * (MIN_GAIN - 1)
 
 
 def _disk_s(disk: Disk, row_bytes: int) -> float:

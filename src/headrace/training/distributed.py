@@ -74,19 +74,27 @@ def read_launch(environ: Mapping[str, str]) -> Launch | None:
     Raises:
         ConfigError: if some of torchrun's variables are missing or make no sense.
     """
-    if environ.get("WORLD_SIZE", "1") == "1":
+    world = environ.get("WORLD_SIZE", "1")
+    if world == "1":
         return None
-    needed = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    remedy = (
+        "start with `torchrun --nproc-per-node N -m headrace stage train@nn`, or unset WORLD_SIZE"
+    )
+    if not world.isdecimal():
+        raise ConfigError(f"WORLD_SIZE is {world!r}, which is no number of processes; {remedy}")
+    needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     if missing := [name for name in needed if not environ.get(name)]:
+        are = "is" if len(missing) == 1 else "are"
         raise ConfigError(
-            f"WORLD_SIZE is {environ['WORLD_SIZE']!r}, but {', '.join(missing)} is not set; start "
-            f"with `torchrun --nproc-per-node N -m headrace stage train@nn`, or unset WORLD_SIZE"
+            f"WORLD_SIZE is {world!r}, but {', '.join(missing)} {are} not set; {remedy}"
         )
-    try:
-        size, rank, local_rank = (int(environ[name]) for name in needed[:3])
-        local_size = int(environ.get("LOCAL_WORLD_SIZE", size))
-    except ValueError as error:
-        raise ConfigError(f"a rank variable of torchrun is no whole number: {error}") from error
+    numbers = {
+        name: environ.get(name, world)
+        for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    }
+    if wrong := [f"{name} is {text!r}" for name, text in numbers.items() if not text.isdecimal()]:
+        raise ConfigError(f"{', '.join(wrong)}, which is no whole number; let torchrun set it")
+    size, rank, local_rank, local_size = map(int, numbers.values())
     if not (0 <= rank < size and 0 <= local_rank < local_size <= size):
         raise ConfigError(
             f"RANK {rank} of WORLD_SIZE {size}, LOCAL_RANK {local_rank} of LOCAL_WORLD_SIZE "

@@ -8,59 +8,70 @@ tolerance; recomputed gradients are equal to the last bit.
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint_sequential
 
 from headrace.training.ceilings import time_of, waiter
+from headrace.training.device import RandomStream
 from headrace.training.diagnosis import kernel_launches
 from headrace.training.loop import Learner
+from headrace.training.opwatch import watch
 
 _WARM_UP = 3  # steps before a capture, as torch asks
+_SEEN = ("eager", "recomputing")  # whose tensors pass the dispatcher, where they can be counted
+_MakeStep: TypeAlias = Callable[[Learner, Any], Callable[[], object]]
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run a step: its speed, what it launches, and how far its outputs are off."""
+    """One way to run a step: its speed, what it launches and holds, how far its outputs are off."""
 
     name: str
     rows_per_s: float
-    launches: int  # per step; a replayed graph is one
+    launches: int | None  # per step, on CUDA; a replayed graph is one
+    peak_bytes: int | None  # of the tensors of forward and backward; None where they are not seen
     max_difference: float  # of loss and gradients from the eager ones, relative to the largest
+    is_equal: bool  # to the last bit
 
 
 def step_variants(learner: Learner, batch: Any, *, seconds: float = 0.5) -> tuple[Variant, ...]:
-    """Measure the step of ``learner`` on ``batch``, which is on a CUDA device, in three ways.
+    """Measure the step of ``learner`` on ``batch``, which is on its device, in each way there is.
 
-    A step is forward, backward and AdamW; dropout is off, so that the three can be compared. The
-    learner's weights are as before when it returns.
-
-    Raises:
-        RuntimeError: if the network is not on a CUDA device.
+    Eager first, then with activations computed again; on CUDA also compiled and as a graph. A step
+    is forward, backward and AdamW; dropout is off, so that they can be compared, but
+    not where the peak is taken. The learner's weights are as before when it returns.
     """
-    device = next(learner.network.parameters()).device
-    if device.type != "cuda":
-        raise RuntimeError(f"steps are compared on CUDA; the network is on {device}")
-    weights = deepcopy(learner.network.state_dict())
-    was_training = learner.network.training
-    learner.network.eval()
+    network = learner.network
+    is_cuda = next(network.parameters()).device.type == "cuda"
+    weights = deepcopy(network.state_dict())
+    was_training = network.training
+    network.eval()
+    ways: list[tuple[str, AbstractContextManager[None], _MakeStep]] = [
+        ("eager", nullcontext(), _eager_step),
+        ("recomputing", recomputing(network), _eager_step),
+    ]
+    if is_cuda:
+        ways += [
+            ("compiled", _compiled(learner), _eager_step),
+            ("CUDA graph", nullcontext(), _graphed_step),
+        ]
+    found = []
     try:
         eager = _outputs(learner, batch)
-        found = [_measured("eager", learner, batch, eager, _eager_step, seconds)]
-        learner.network.load_state_dict(weights)
-        with _compiled(learner):
-            found.append(_measured("compiled", learner, batch, eager, _eager_step, seconds))
-        learner.network.load_state_dict(weights)
-        found.append(_measured("CUDA graph", learner, batch, eager, _graphed_step, seconds))
+        for name, way, make_step in ways:
+            network.load_state_dict(weights)
+            with way:
+                found.append(_measured(name, learner, batch, eager, make_step, seconds))
     finally:
-        learner.network.load_state_dict(weights)
-        learner.network.train(was_training)
-        learner.network.zero_grad(set_to_none=True)
+        network.load_state_dict(weights)
+        network.train(was_training)
+        network.zero_grad(set_to_none=True)
     return tuple(found)
 
 
@@ -98,31 +109,50 @@ def _measured(
     learner: Learner,
     batch: Any,
     eager: list[torch.Tensor],
-    make_step: Callable[[Learner, Any], Callable[[], object]],
+    make_step: _MakeStep,
     seconds: float,
 ) -> Variant:
-    difference = max(
-        float((mine - theirs).abs().max() / theirs.abs().max().clamp_min(1e-12))
-        for mine, theirs in zip(_first_outputs(learner, batch, make_step), eager, strict=True)
-    )
+    device = next(learner.network.parameters()).device
+    pairs = list(zip(_first_outputs(learner, batch, make_step), eager, strict=True))
+    peak = _peak_bytes(learner, batch, device) if name in _SEEN else None
     step = make_step(learner, batch)
-    wait = waiter(next(learner.network.parameters()).device)
-    took = time_of(step, budget_s=seconds, wait=wait)
-    return Variant(name, len(batch.row_id) / took, kernel_launches(step), difference)
+    took = time_of(step, budget_s=seconds, wait=waiter(device))
+    return Variant(
+        name,
+        len(batch.row_id) / took,
+        kernel_launches(step) if device.type == "cuda" else None,
+        peak,
+        max(float((a - b).abs().max() / b.abs().max().clamp_min(1e-12)) for a, b in pairs),
+        all(torch.equal(a, b) for a, b in pairs),
+    )
+
+
+def _peak_bytes(learner: Learner, batch: Any, device: torch.device) -> int:
+    """Peak of forward and backward as in training: dropout keeps activations of its own."""
+    learner.network.train()
+    try:
+        with RandomStream(0, device=device).lent():
+            return watch(lambda: _backward(learner, batch), wait=waiter(device))[0].peak_bytes
+    finally:
+        learner.network.eval()
 
 
 def _outputs(learner: Learner, batch: Any) -> list[torch.Tensor]:
     """Loss and gradients of one step from the weights as they are."""
+    total = _backward(learner, batch)
+    gradients = [p.grad for p in learner.network.parameters() if p.grad is not None]
+    return [total.clone(), *(gradient.clone() for gradient in gradients)]
+
+
+def _backward(learner: Learner, batch: Any) -> torch.Tensor:
+    """Forward and backward; the loss is returned, the gradients stay with the parameters."""
     learner.network.zero_grad(set_to_none=True)
     total = learner.losses(batch).total()
     torch.autograd.backward(total)
-    gradients = [p.grad for p in learner.network.parameters() if p.grad is not None]
-    return [total.detach().clone(), *(gradient.clone() for gradient in gradients)]
+    return total.detach()
 
 
-def _first_outputs(
-    learner: Learner, batch: Any, make_step: Callable[[Learner, Any], Callable[[], object]]
-) -> list[torch.Tensor]:
+def _first_outputs(learner: Learner, batch: Any, make_step: _MakeStep) -> list[torch.Tensor]:
     if make_step is _eager_step:
         return _outputs(learner, batch)
     graph, total = _captured(learner, batch)
