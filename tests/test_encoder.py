@@ -257,7 +257,8 @@ def test_infinite_values_count_as_missing(tmp_path):
     encoder = fit_columns(
         tmp_path, {"x": pa.array([1.0, 2.0, np.inf, 3.0])}, roles={"x": "numeric"}
     )
-    out, num_infinite = encoder.transform_counted(pa.table({"x": [np.inf, -np.inf, 1e300, 2.0]}))
+    rows = pa.table({"x": [np.inf, -np.inf, 1e300, 2.0]})
+    out, num_infinite = encoder.fill(rows, encoder.layout.empty(4))
 
     assert (encoder.scales[0].mean, encoder.scales[0].num_infinite) == (2.0, 1)
     assert num_infinite.tolist() == [3]
@@ -319,6 +320,77 @@ def test_rows_may_come_in_chunks_with_dictionaries_of_their_own(tmp_path):
     assert np.array_equal(chunked.weight, whole.weight)
 
 
+@pytest.mark.parametrize(
+    "index",
+    [pa.type_for_alias(f"{sign}int{bits}") for sign in ("u", "") for bits in (8, 16, 32, 64)],
+    ids=str,
+)
+def test_every_index_type_of_a_dictionary_gives_the_codes_of_plain_text(tmp_path, index):
+    """More rows than a tile, a slice that begins within a byte of validity, null labels too."""
+    rng = np.random.default_rng(0)
+    labels = pa.array(["b", "new", None, "a", "c"])
+    chosen = pa.array(rng.integers(0, 5, 1000), mask=rng.random(1000) < 0.2)
+    values = pa.DictionaryArray.from_arrays(chosen.cast(index), labels)
+    encoder = fit_columns(tmp_path, {"c": pa.array(["a", "b", "c"])}, roles={"c": "category"})
+
+    for first, stop in ((0, 1000), (3, 777), (13, 14)):
+        part = values.slice(first, stop - first)
+        expected = codes_of(encoder, part.cast(pa.string()))
+        assert codes_of(encoder, part) == expected
+        known = {"a": 2, "b": 3, "c": 4, None: MISSING}
+        assert expected == [known.get(label, UNKNOWN) for label in part.to_pylist()]
+
+
+def test_dictionaries_that_share_memory_are_told_apart(tmp_path):
+    """Offset, length, validity and type of a dictionary belong to what its labels are."""
+    fitted = {"c": pa.array(["0", "1", "2", "3", "64", "65", "66", "67"])}
+    encoder = fit_columns(tmp_path, fitted, roles={"c": "category"})
+    text = pa.array(["0", "1", "2", "3"])
+    _, offsets, letters = text.buffers()
+    with_null = pa.Array.from_buffers(
+        pa.string(), 4, [pa.py_buffer(bytes([0b1101])), offsets, letters]
+    )
+    numbers = pa.array([0, 1, 2, 3])
+    as_int32 = pa.Array.from_buffers(pa.int32(), 4, [None, numbers.buffers()[1]])
+    small = pa.array([0, 1, 2, 3, 64, 65, 66, 67], pa.int8())
+    as_uint8 = small.view(pa.uint8())
+    dictionaries = [text, text.slice(1), text[:3], with_null, text]
+    dictionaries += [numbers, as_int32, numbers, small, small.slice(4), as_uint8, small[:4]]
+
+    for dictionary in dictionaries:
+        rows = pa.DictionaryArray.from_arrays(pa.array([0, 1, 2], pa.int8()), dictionary)
+        known = dict(zip(fitted["c"].to_pylist(), range(2, 10), strict=True)) | {"None": MISSING}
+        expected = [known[str(label)] for label in dictionary.to_pylist()[:3]]
+        assert codes_of(encoder, rows) == expected, dictionary
+
+
+def test_a_failed_batch_leaves_no_table_behind(tmp_path, monkeypatch):
+    """One dictionary of the failed batch was looked up; the next batch has the one before it."""
+    columns = {"a": pa.array(["u", "v"] * 2), "b": pa.array(["u", "v"] * 2)}
+    encoder = fit_columns(tmp_path, columns, roles=dict.fromkeys(columns, "category"))
+    straight, turned = pa.array(["u", "v"]), pa.array(["v", "u"])
+
+    def rows(*dictionaries):
+        indices = pa.array([0, 1], pa.int32())
+        values = [pa.DictionaryArray.from_arrays(indices, labels) for labels in dictionaries]
+        return pa.RecordBatch.from_arrays(values, names=["a", "b"])
+
+    assert encoder.transform(rows(straight, straight)).codes.tolist() == [[2, 2], [3, 3]]
+    with monkeypatch.context() as patch:
+        look_up = Encoder._lut
+
+        def fail_at_second(self, j, dictionary):
+            if j == 1:
+                raise MemoryError
+            return look_up(self, j, dictionary)
+
+        patch.setattr(Encoder, "_lut", fail_at_second)
+        with pytest.raises(MemoryError):
+            encoder.transform(rows(turned, turned))
+
+    assert encoder.transform(rows(straight, turned)).codes.tolist() == [[2, 3], [3, 2]]
+
+
 def test_no_rows_give_empty_arrays_and_null_columns_are_missing(tmp_path):
     columns = example_columns(50)
     encoder = fit(tmp_path, {"train": columns})
@@ -351,6 +423,70 @@ def test_a_missing_column_is_named_with_the_nearest_name(tmp_path):
 
     with pytest.raises(SchemaError, match=r"lack the columns \['seats'\].*nearest name: Seats"):
         encoder.transform(renamed)
+
+
+@pytest.mark.parametrize("name", ["seats", "carrier", "delay", "row_id"])
+def test_a_column_that_comes_twice_is_refused(tmp_path, name):
+    columns = example_columns(50)
+    encoder = fit(tmp_path, {"train": columns})
+    rows = pa.table({"row_id": pa.array(np.arange(50)), **columns})
+    rows = rows.append_column(name, rows[name])
+
+    with pytest.raises(SchemaError, match=rf"\['{name}'\] more than once; keep one"):
+        encoder.transform(rows)
+
+
+@pytest.mark.parametrize(
+    ("row_id", "message"),
+    [
+        (pa.array([5, None, 2**53 + 1]), "row_id has no value in row 1,"),
+        (pa.array([5, 2**63 + 1, 3], pa.uint64()), f"row_id has the value {2**63 + 1},"),
+        (pa.array([5.0, 6.0, 7.0]), "row_id has type double,"),
+        (pa.array(["5", "6", "7"]), "row_id has type string,"),
+    ],
+    ids=["null", "uint64", "float", "text"],
+)
+def test_a_row_id_that_int64_cannot_hold_is_refused(tmp_path, row_id, message):
+    """Ids name rows in predictions: one that is altered names another row."""
+    encoder = fit_columns(tmp_path, {"x": pa.array([1.0, 2.0, 3.0])}, roles={"x": "numeric"})
+
+    with pytest.raises(SchemaError, match=message):
+        encoder.transform(pa.table({"row_id": row_id, "x": [1.0, 2.0, 3.0]}))
+
+
+@pytest.mark.parametrize("dtype", [pa.uint8(), pa.int64(), pa.uint64()], ids=str)
+def test_whole_row_ids_of_any_width_are_kept(tmp_path, dtype):
+    encoder = fit_columns(tmp_path, {"x": pa.array([1.0, 2.0, 3.0])}, roles={"x": "numeric"})
+    largest = min(2**63 - 1, 2**dtype.bit_width - 1)
+    rows = pa.table({"row_id": pa.array([7, 0, largest], dtype), "x": [1.0, 2.0, 3.0]})
+
+    assert encoder.transform(rows).row_id.tolist() == [7, 0, largest]
+    assert encoder.transform(rows.slice(1)).row_id.tolist() == [0, largest]
+
+
+@pytest.mark.parametrize(
+    ("fold", "message"),
+    [
+        (pa.array([0, 300, -1]), "fold has the value 300,"),
+        (pa.array([0.0, None, 1.5]), "fold has the value 1.5,"),
+        (pa.array([0.0, np.nan, 1.0]), "fold has the value nan,"),
+        (pa.array(["0", "1", None]), "fold has type string,"),
+    ],
+    ids=["wide", "fraction", "nan", "text"],
+)
+def test_a_fold_that_int8_cannot_hold_is_refused(tmp_path, fold, message):
+    encoder = fit_columns(tmp_path, {"x": pa.array([1.0, 2.0, 3.0])}, roles={"x": "numeric"})
+
+    with pytest.raises(SchemaError, match=message):
+        encoder.transform(pa.table({"fold": fold, "x": [1.0, 2.0, 3.0]}))
+
+
+@pytest.mark.parametrize("dtype", [pa.int8(), pa.int64(), pa.float64()], ids=str)
+def test_folds_keep_their_number_and_are_minus_1_where_null(tmp_path, dtype):
+    encoder = fit_columns(tmp_path, {"x": pa.array([1.0, 2.0, 3.0])}, roles={"x": "numeric"})
+    rows = pa.table({"fold": pa.array([4, None, 127], dtype), "x": [1.0, 2.0, 3.0]})
+
+    assert encoder.transform(rows).fold.tolist() == [4, -1, 127]
 
 
 def test_a_type_that_does_not_fit_the_role_is_refused(tmp_path):

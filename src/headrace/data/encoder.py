@@ -157,9 +157,13 @@ class _Held(threading.local):
         self.plan: _Plan | None = None
         self.buffers: Buffers | None = None
         self.luts: dict[int, tuple[pa.Array, npt.NDArray[Any]]] = {}  # by the category's place
-        self.keys: npt.NDArray[np.int64] | None = None  # (C, 3), where the dictionaries lie
+        self.keys: npt.NDArray[np.int64] | None = None  # (C, 5), where the dictionaries lie
         self.tables: npt.NDArray[Any] = np.empty(0, np.uint8)
         self.starts = np.zeros(1, np.int64)
+
+    def follow(self, plan: _Plan) -> None:
+        """Take another plan; tables of dictionaries of another type or place are forgotten."""
+        self.plan, self.keys, self.luts = plan, None, {}
 
 
 class _Fitted(Section):
@@ -247,27 +251,28 @@ class Encoder:
         positions from 0, -1, 1 and NaN.
 
         Raises:
-            SchemaError: if an input is missing (with the nearest name) or has a type that cannot
-                be what the contract says, or if a class is not among the target's labels.
+            SchemaError: if an input is missing (with the nearest name), comes twice or has a type
+                that cannot be what the contract says; if a class is not among the target's labels;
+                if a row id is no whole number that int64 holds, or a fold none that int8 holds.
         """
-        return self.transform_counted(rows)[0]
-
-    def transform_counted(self, rows: Rows) -> tuple[EncodedBatch, npt.NDArray[np.int64]]:
-        """Encode rows and also count, per numeric input, the numbers that became NaN by it."""
-        return self.fill(rows, self.layout.empty(rows.num_rows))
+        return self.fill(rows, self.layout.empty(rows.num_rows))[0]
 
     def transform_reusing(self, rows: Rows) -> tuple[EncodedBatch, npt.NDArray[np.int64]]:
-        """Do what ``transform_counted`` does, in memory of a batch that is held no longer."""
+        """Do what ``fill`` does, in memory of a batch that is held no longer."""
         buffers = self._held.buffers
         if buffers is None:
             buffers = self._held.buffers = Buffers(self.layout)
         return self.fill(rows, buffers.take(rows.num_rows))
 
     def fill(self, rows: Rows, packed_BR: Packed) -> tuple[EncodedBatch, npt.NDArray[np.int64]]:
-        """Encode rows into ``packed_BR``, which has ``layout``; see ``transform_counted``."""
+        """Encode rows into ``packed_BR``, which has ``layout``; see ``transform``.
+
+        Returns the rows, and per numeric input how many of its numbers became NaN by it.
+        """
         plan = self._held.plan
         if plan is None or not rows.schema.equals(plan.schema):
-            plan = self._held.plan = self._plan(rows.schema)
+            plan = self._plan(rows.schema)
+            self._held.follow(plan)
         num_rows = rows.num_rows
         batch = EncodedBatch(packed_BR, self.layout)
         batch.row_id[:] = _identity(rows, num_rows)
@@ -339,6 +344,11 @@ class Encoder:
             raise SchemaError(
                 f"the rows lack the columns {missing}, which the encoder was fitted on{near}"
             )
+        twice = [name for name in self.columns if present.count(name) > 1]
+        if twice:
+            raise SchemaError(
+                f"the rows have the columns {twice} more than once; keep one of each name"
+            )
         _refuse_types(schema, self.numeric, [category.name for category in self.categories])
 
     def _fill(
@@ -403,25 +413,25 @@ class Encoder:
         return _Plan(schema, is_converted, places, kinds, np.array(widths, np.int64))
 
     def _tables(
-        self, part: pa.RecordBatch, plan: "_Plan", columns_C6: npt.NDArray[np.int64]
+        self, part: pa.RecordBatch, plan: "_Plan", columns_CF: npt.NDArray[np.int64]
     ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
         """Return the look-up tables of the batch's dictionaries, and where each begins."""
         held = self._held
-        keys_C3 = columns_C6[:, DICTIONARY:]
-        if held.keys is not None and np.array_equal(held.keys, keys_C3):
+        keys_C5 = columns_CF[:, DICTIONARY:]
+        if held.keys is not None and np.array_equal(held.keys, keys_C5):
             return held.tables, held.starts
-        known = held.keys
+        known, held.keys = held.keys, None  # an error on the way leaves no key of what is replaced
         for j, place in enumerate(plan.places[len(self.scales) :].tolist()):
             # Holding the dictionary keeps its memory from being reused, so the same address is the
             # same content. Arrow's reader repeats a row group's dictionary in each batch.
-            if known is None or not np.array_equal(known[j], keys_C3[j]):
+            if known is None or not np.array_equal(known[j], keys_C5[j]):
                 dictionary = part.column(place).dictionary
                 if j not in held.luts or not dictionary.equals(held.luts[j][0]):
                     held.luts[j] = (dictionary, self._lut(j, dictionary))
                 else:
                     held.luts[j] = (dictionary, held.luts[j][1])
         parts = [held.luts[j][1] for j in range(len(self.categories))]
-        held.keys = keys_C3.copy()
+        held.keys = keys_C5.copy()
         held.starts = np.array([0, *accumulate(len(lut) for lut in parts)], np.int64)
         held.tables = np.concatenate([np.empty(0, self.codes_dtype), *parts])
         return held.tables, held.starts
@@ -847,15 +857,40 @@ def _rounded_as_fitted(values: pa.Array, fitted_dtype: str) -> pa.Array:
 def _identity(rows: Rows, num_rows: int) -> npt.NDArray[np.int64]:
     if ROW_ID not in rows.schema.names:
         return np.arange(num_rows, dtype=np.int64)
-    row_id: npt.NDArray[np.int64] = _whole(rows.column(ROW_ID)).to_numpy(zero_copy_only=False)
-    return row_id.astype(np.int64, copy=False)
+    values = _whole(rows.column(ROW_ID))
+    if not pa.types.is_integer(values.type):
+        raise _unusable(ROW_ID, f"type {values.type}", "a whole number in every row, as int64")
+    if values.null_count:
+        place = pc.index(pc.is_null(values), True).as_py()
+        raise _unusable(ROW_ID, f"no value in row {place}", "a whole number in every row")
+    try:
+        row_id: npt.NDArray[np.int64] = values.cast(pa.int64()).to_numpy()
+    except pa.ArrowInvalid as error:
+        largest = pc.max(values).as_py()
+        raise _unusable(ROW_ID, f"the value {largest}", "numbers that int64 holds") from error
+    return row_id
 
 
 def _fold(rows: Rows, num_rows: int) -> npt.NDArray[np.int8]:
     if FOLD not in rows.schema.names:
         return np.full(num_rows, -1, np.int8)
-    fold = _whole(rows.column(FOLD)).cast(pa.int8()).fill_null(-1)
-    return np.array(fold.to_numpy(zero_copy_only=False), np.int8)
+    values = _whole(rows.column(FOLD))
+    wanted = "whole numbers from -128 to 127, or null outside train"
+    if not _is_number(values.type):
+        raise _unusable(FOLD, f"type {values.type}", wanted)
+    try:
+        fold = _plain(values).cast(pa.int8())
+    except pa.ArrowInvalid as error:
+        known = {None, *range(-128, 128)}
+        value = next(value for value in values.to_pylist() if value not in known)
+        raise _unusable(FOLD, f"the value {value}", wanted) from error
+    return np.array(fold.fill_null(-1).to_numpy(zero_copy_only=False), np.int8)
+
+
+def _unusable(name: str, found: str, wanted: str) -> SchemaError:
+    return SchemaError(
+        f"the column {name} has {found}, but must have {wanted}; cast it, or leave it out"
+    )
 
 
 def _whole(values: pa.Array | pa.ChunkedArray) -> pa.Array:

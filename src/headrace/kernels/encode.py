@@ -88,7 +88,7 @@ def _scale_at(
 
 @_compiled(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def fill_numeric(
-    columns_N6: npt.NDArray[np.int64],
+    columns_NF: npt.NDArray[np.int64],
     kinds_N: npt.NDArray[np.int64],
     widths_N: npt.NDArray[np.int64],
     scales_N2: npt.NDArray[np.float64],
@@ -104,14 +104,14 @@ def fill_numeric(
     tile_B = np.empty(TILE_ROWS, np.float32)
     for start in range(0, num_rows, TILE_ROWS):
         count = min(TILE_ROWS, num_rows - start)
-        for j in range(len(columns_N6)):
-            first = columns_N6[j, 2] + start
-            address = columns_N6[j, 0] + first * widths_N[j]
+        for j in range(len(columns_NF)):
+            first = columns_NF[j, 2] + start
+            address = columns_NF[j, 0] + first * widths_N[j]
             num_outside = _scale_at(
                 address, kinds_N[j], count, scales_N2[j, 0], scales_N2[j, 1], tile_B
             )
-            if columns_N6[j, 1]:
-                valid = carray(pointer(columns_N6[j, 1]), (first + count + 7) // 8, np.uint8)
+            if columns_NF[j, 1]:
+                valid = carray(pointer(columns_NF[j, 1]), (first + count + 7) // 8, np.uint8)
                 if num_outside:  # what lies where a value is null can be anything
                     num_outside = _num_outside_valid(
                         address, kinds_N[j], count, scales_N2[j, 0], scales_N2[j, 1], valid, first
@@ -167,7 +167,7 @@ def _remap(
 
 @_compiled(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def fill_codes(
-    columns_C6: npt.NDArray[np.int64],
+    columns_CF: npt.NDArray[np.int64],
     kinds_C: npt.NDArray[np.int64],
     widths_C: npt.NDArray[np.int64],
     tables: npt.NDArray[Any],
@@ -182,11 +182,11 @@ def fill_codes(
     num_rows = out_BC.shape[0]
     for start in range(0, num_rows, TILE_ROWS):
         count = min(TILE_ROWS, num_rows - start)
-        for j in range(len(columns_C6)):
-            first = columns_C6[j, 2] + start
-            at = pointer(columns_C6[j, 0] + first * widths_C[j])
-            num_bytes = (first + count + 7) // 8 if columns_C6[j, 1] else 0
-            valid = carray(pointer(columns_C6[j, 1]), num_bytes, np.uint8)
+        for j in range(len(columns_CF)):
+            first = columns_CF[j, 2] + start
+            at = pointer(columns_CF[j, 0] + first * widths_C[j])
+            num_bytes = (first + count + 7) // 8 if columns_CF[j, 1] else 0
+            valid = carray(pointer(columns_CF[j, 1]), num_bytes, np.uint8)
             table = tables[starts_C1[j] : starts_C1[j + 1]]
             kind = kinds_C[j]
             if kind == 2:
@@ -201,8 +201,10 @@ def fill_codes(
                 _remap(carray(at, count, np.uint8), valid, first, table, start, j, out_BC)
             elif kind == 7:
                 _remap(carray(at, count, np.uint16), valid, first, table, start, j, out_BC)
-            else:
+            elif kind == 8:
                 _remap(carray(at, count, np.uint32), valid, first, table, start, j, out_BC)
+            else:
+                _remap(carray(at, count, np.uint64), valid, first, table, start, j, out_BC)
 
 
 @_compiled(nogil=True, cache=True)  # type: ignore[untyped-decorator]
