@@ -8,6 +8,7 @@ files (pyarrow's zstd default) whatever it is compared with: they are where its 
 HF datasets is compared where it is installed (``pip install datasets``).
 """
 
+import copy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -182,7 +183,7 @@ def _direct(table: Table, encoded: Path) -> Callable[[], int]:
     batches = _fresh.opened(str(table.folder), "window", str(encoded))
 
     def epoch() -> int:
-        batches.source.keep(0)  # a small table is one window: it would not be decoded again
+        batches.source = copy.copy(batches.source)  # without what it has decoded so far
         return drain(batches)
 
     return epoch
