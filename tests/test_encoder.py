@@ -69,6 +69,31 @@ def test_numbers_are_standardised_by_train_rows_and_nan_is_kept(tmp_path):
     np.testing.assert_allclose(np.nanstd(out.numeric, axis=0), 1, atol=1e-5)
 
 
+@pytest.mark.parametrize("num_columns", [1, 16, 37])
+@pytest.mark.parametrize(("first", "num_rows"), [(0, 1100), (5, 1024), (11, 7)])
+def test_columns_of_every_type_are_scaled_to_the_bit(tmp_path, num_columns, first, num_rows):
+    """Groups of columns and tiles of rows, whole and not; infinity counts where it is no null."""
+    rng = np.random.default_rng(0)
+    columns, dtypes = {}, ["f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8"]
+    for j in range(num_columns):
+        x = rng.integers(0, 120, 1200).astype(dtypes[j % 10])
+        if x.dtype.kind == "f":
+            x[rng.random(1200) < 0.1] = np.inf
+        is_null = rng.random(1200) < 0.1 if j % 3 else np.zeros(1200, bool)
+        columns[f"x{j}"] = pa.array(x, mask=is_null)
+    encoder = fit_columns(tmp_path, columns, roles=dict.fromkeys(columns, "numeric"))
+    rows = pa.table(columns).slice(first, num_rows)
+
+    out, num_infinite = encoder.fill(rows, encoder.layout.empty(num_rows))
+
+    for j, scale in enumerate(encoder.scales):
+        x = rows[f"x{j}"].cast(pa.float64()).to_numpy()
+        assert num_infinite[j] == np.isinf(x).sum()
+        z = (x - scale.mean) * (1 / scale.std)
+        expected = np.where(np.isinf(x), np.nan, z).astype(np.float32)
+        assert np.array_equal(out.numeric[:, j], expected, equal_nan=True)
+
+
 def test_moments_merged_over_batches_equal_one_pass(tmp_path):
     """Many batches of a column with a drift: mean and spread as numpy has them on the whole."""
     x = np.linspace(1e6, 1e6 + 1, 200_000) ** 2

@@ -144,6 +144,7 @@ class _Plan:
     """How the inputs lie in batches of one schema: K inputs, numeric ones first."""
 
     schema: pa.Schema
+    present: frozenset[str]  # names of its columns
     is_converted: bool  # to columns of the inputs alone, in types that the kernels read
     places: npt.NDArray[np.int64]  # (K,) among the columns
     kinds: npt.NDArray[np.int64]  # (K,) of the values, or of the dictionary indices
@@ -197,6 +198,7 @@ class Encoder:
         self._labels = [pa.array(category.labels, pa.string()) for category in categories]
         self._held = _Held()
         self._rates = np.array([(s.mean, 1 / s.std) for s in scales]).reshape(len(scales), 2)
+        self._weight = contract.weight
         self.layout = row_layout(
             num_targets=len(contract.targets),
             num_numeric=len(scales),
@@ -275,10 +277,13 @@ class Encoder:
             self._held.follow(plan)
         num_rows = rows.num_rows
         batch = EncodedBatch(packed_BR, self.layout)
-        batch.row_id[:] = _identity(rows, num_rows)
-        batch.targets[:] = self._targets(rows, num_rows)
-        batch.weight[:] = self._weight(rows, num_rows)
-        batch.fold[:] = _fold(rows, num_rows)
+        present = plan.present
+        batch.row_id[:] = _identity(rows) if ROW_ID in present else np.arange(num_rows)
+        batch.fold[:] = _fold(rows) if FOLD in present else -1
+        weight = self._weight
+        batch.weight[:] = _weight(rows, weight) if weight in present else 1
+        for j, target in enumerate(self.targets):
+            batch.targets[:, j] = _target(rows, target) if target.name in present else np.nan
         num_infinite = np.zeros(len(self.scales), np.int64)
         start = 0
         for part in rows.to_batches() if isinstance(rows, pa.Table) else [rows]:
@@ -410,7 +415,8 @@ class Encoder:
         names = [str(kind) for kind in (*numbers, *(kind.index_type for kind in categories))]
         kinds = np.array([KINDS[name] for name in names], np.int64)
         widths = [pa.type_for_alias(name).bit_width // 8 for name in names]
-        return _Plan(schema, is_converted, places, kinds, np.array(widths, np.int64))
+        present = frozenset(schema.names)
+        return _Plan(schema, present, is_converted, places, kinds, np.array(widths, np.int64))
 
     def _tables(
         self, part: pa.RecordBatch, plan: "_Plan", columns_CF: npt.NDArray[np.int64]
@@ -443,21 +449,6 @@ class Encoder:
         codes = pc.fill_null(pc.add(found, FIRST_LABEL), UNKNOWN)
         codes = pc.if_else(pc.is_valid(text), codes, MISSING)
         return np.append(codes.to_numpy(zero_copy_only=False), MISSING).astype(self.codes_dtype)
-
-    def _targets(self, rows: Rows, num_rows: int) -> npt.NDArray[np.float64]:
-        out_BT = np.full((num_rows, len(self.targets)), np.nan)
-        for j, target in enumerate(self.targets):
-            if target.name in rows.schema.names:
-                out_BT[:, j] = encode_target(rows.column(target.name), target)
-        out_BT[np.abs(out_BT) > np.finfo(np.float32).max] = np.inf  # losses are float32
-        return out_BT
-
-    def _weight(self, rows: Rows, num_rows: int) -> npt.NDArray[np.float32]:
-        name = self.contract.weight
-        if name is None or name not in rows.schema.names:
-            return np.ones(num_rows, np.float32)
-        with np.errstate(over="ignore"):
-            return _numbers(_whole(rows.column(name))).astype(np.float32)
 
 
 def open_encoder(folder: Path) -> Encoder:
@@ -854,9 +845,18 @@ def _rounded_as_fitted(values: pa.Array, fitted_dtype: str) -> pa.Array:
     return values.cast(kind, safe=False) if kind.bit_width < values.type.bit_width else values
 
 
-def _identity(rows: Rows, num_rows: int) -> npt.NDArray[np.int64]:
-    if ROW_ID not in rows.schema.names:
-        return np.arange(num_rows, dtype=np.int64)
+def _target(rows: Rows, target: Target) -> Floats:
+    values = encode_target(rows.column(target.name), target)
+    is_beyond = np.abs(values) > np.finfo(np.float32).max  # losses are float32
+    return np.where(is_beyond, np.inf, values) if is_beyond.any() else values
+
+
+def _weight(rows: Rows, name: str) -> npt.NDArray[np.float32]:
+    with np.errstate(over="ignore"):
+        return _numbers(_whole(rows.column(name))).astype(np.float32)
+
+
+def _identity(rows: Rows) -> npt.NDArray[np.int64]:
     values = _whole(rows.column(ROW_ID))
     if not pa.types.is_integer(values.type):
         raise _unusable(ROW_ID, f"type {values.type}", "a whole number in every row, as int64")
@@ -871,9 +871,7 @@ def _identity(rows: Rows, num_rows: int) -> npt.NDArray[np.int64]:
     return row_id
 
 
-def _fold(rows: Rows, num_rows: int) -> npt.NDArray[np.int8]:
-    if FOLD not in rows.schema.names:
-        return np.full(num_rows, -1, np.int8)
+def _fold(rows: Rows) -> npt.NDArray[np.int8]:
     values = _whole(rows.column(FOLD))
     wanted = "whole numbers from -128 to 127, or null outside train"
     if not _is_number(values.type):

@@ -1,13 +1,14 @@
 """Kernels of the encoder: scale numeric columns, remap dictionary codes, count and measure both.
 
 ``fill_numeric`` and ``fill_codes`` read the columns of an Arrow batch where they lie and write them
-into row-major packed rows: a few hundred rows of one column at a time into a short buffer, which
-the compiler turns into vector instructions, and from there into the rows, whose tile stays in the
-cache while column after column is written. One call does all columns of a batch.
+into row-major packed rows. One call does all columns of a batch, a tile of some hundred rows at a
+time, which stays in the cache while column after column is written. Numbers are scaled into a
+buffer of a few columns first, by vector instructions, and go from there into the rows: with one
+column at a time, each number written would wait for another line of the cache.
 
-Legend: B rows, N numeric inputs, C categories. ``columns`` is a ``ColumnTable``. In the kernels of
-one column, ``valid`` is an Arrow validity bitmap whose bit ``first`` is row 0; it is empty where no
-value is null.
+Legend: B rows, N numeric inputs, C categories, G columns of a group, F facts of a column.
+``columns`` is the table of a ``ColumnTable``. In the kernels of one column, ``valid`` is an Arrow
+validity bitmap whose bit ``first`` is row 0; it is empty where no value is null.
 """
 
 from collections.abc import Mapping
@@ -20,7 +21,8 @@ from numba import carray  # type: ignore[attr-defined]
 
 from headrace.kernels.arrow import pointer
 
-TILE_ROWS = 256
+TILE_ROWS = 512
+GROUP = 16  # numeric columns that are written together: a cache line of float32
 # How ``kinds`` name the type of a column's values.
 KINDS: Mapping[str, int] = {
     name: kind
@@ -60,6 +62,20 @@ def scale(x_B: npt.NDArray[Any], mean: float, rate: float, out_B: npt.NDArray[np
     return num_outside
 
 
+@_compiled(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _fill_nulls(
+    valid: npt.NDArray[np.uint8], first: int, out_B: npt.NDArray[Any], value: Any
+) -> None:
+    """Write ``value`` where the validity bits say null; eight rows at a time, mostly all valid."""
+    for place in range(first >> 3, (first + len(out_B) + 7) >> 3):
+        if valid[place] == 0xFF:
+            continue
+        row = 8 * place - first
+        for i in range(max(row, 0), min(row + 8, len(out_B))):
+            if not (valid[place] >> (i - row)) & 1:
+                out_B[i] = value
+
+
 @_compiled(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _scale_at(
     address: int, kind: int, num_rows: int, mean: float, rate: float, out_B: npt.NDArray[np.float32]
@@ -87,44 +103,6 @@ def _scale_at(
 
 
 @_compiled(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def fill_numeric(
-    columns_NF: npt.NDArray[np.int64],
-    kinds_N: npt.NDArray[np.int64],
-    widths_N: npt.NDArray[np.int64],
-    scales_N2: npt.NDArray[np.float64],
-    out_BN: npt.NDArray[np.float32],
-    num_outside_N: npt.NDArray[np.int64],
-) -> None:
-    """Write the scaled numbers of a batch, and add to ``num_outside_N`` how many became NaN.
-
-    Shapes: ``kinds_N`` and ``widths_N`` type and bytes of the values; ``scales_N2`` mean and
-    1 / std; ``out_BN`` the numeric field of packed rows. Nulls become NaN and do not count.
-    """
-    num_rows = out_BN.shape[0]
-    tile_B = np.empty(TILE_ROWS, np.float32)
-    for start in range(0, num_rows, TILE_ROWS):
-        count = min(TILE_ROWS, num_rows - start)
-        for j in range(len(columns_NF)):
-            first = columns_NF[j, 2] + start
-            address = columns_NF[j, 0] + first * widths_N[j]
-            num_outside = _scale_at(
-                address, kinds_N[j], count, scales_N2[j, 0], scales_N2[j, 1], tile_B
-            )
-            if columns_NF[j, 1]:
-                valid = carray(pointer(columns_NF[j, 1]), (first + count + 7) // 8, np.uint8)
-                if num_outside:  # what lies where a value is null can be anything
-                    num_outside = _num_outside_valid(
-                        address, kinds_N[j], count, scales_N2[j, 0], scales_N2[j, 1], valid, first
-                    )
-                for i in range(count):
-                    if not (valid[(first + i) >> 3] >> ((first + i) & 7)) & 1:
-                        tile_B[i] = np.nan
-            num_outside_N[j] += num_outside
-            for i in range(count):
-                out_BN[start + i, j] = tile_B[i]
-
-
-@_compiled(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _num_outside_valid(
     address: int,
     kind: int,
@@ -144,6 +122,71 @@ def _num_outside_valid(
     return num_outside
 
 
+@_compiled(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _scale_column(
+    values: int,
+    bits: int,
+    first: int,
+    kind: int,
+    width: int,
+    mean: float,
+    rate: float,
+    out_B: npt.NDArray[np.float32],
+) -> Any:
+    """Scale the rows of one column from ``first`` on; nulls become NaN and do not count."""
+    count = len(out_B)
+    address = values + first * width
+    num_outside = _scale_at(address, kind, count, mean, rate, out_B)
+    if bits:
+        valid = carray(pointer(bits), (first + count + 7) // 8, np.uint8)
+        if num_outside:  # what lies where a value is null can be anything
+            num_outside = _num_outside_valid(address, kind, count, mean, rate, valid, first)
+        _fill_nulls(valid, first, out_B, np.float32(np.nan))
+    return num_outside
+
+
+@_compiled(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def fill_numeric(
+    columns_NF: npt.NDArray[np.int64],
+    kinds_N: npt.NDArray[np.int64],
+    widths_N: npt.NDArray[np.int64],
+    scales_N2: npt.NDArray[np.float64],
+    out_BN: npt.NDArray[np.float32],
+    num_outside_N: npt.NDArray[np.int64],
+) -> None:
+    """Write the scaled numbers of a batch, and add to ``num_outside_N`` how many became NaN.
+
+    Shapes: ``kinds_N`` and ``widths_N`` type and bytes of the values; ``scales_N2`` mean and
+    1 / std; ``out_BN`` the numeric field of packed rows. Nulls become NaN and do not count.
+    """
+    num_rows = out_BN.shape[0]
+    tile_GB = np.empty((GROUP, TILE_ROWS), np.float32)
+    for start in range(0, num_rows, TILE_ROWS):
+        count = min(TILE_ROWS, num_rows - start)
+        for group in range(0, len(columns_NF), GROUP):
+            width = min(GROUP, len(columns_NF) - group)
+            for g in range(width):
+                j = group + g
+                num_outside_N[j] += _scale_column(
+                    columns_NF[j, 0],
+                    columns_NF[j, 1],
+                    columns_NF[j, 2] + start,
+                    kinds_N[j],
+                    widths_N[j],
+                    scales_N2[j, 0],
+                    scales_N2[j, 1],
+                    tile_GB[g, :count],
+                )
+            if width == GROUP:  # the same loop, but of known length: a quarter faster
+                for i in range(count):
+                    for g in range(GROUP):
+                        out_BN[start + i, group + g] = tile_GB[g, i]
+            else:
+                for i in range(count):
+                    for g in range(width):
+                        out_BN[start + i, group + g] = tile_GB[g, i]
+
+
 @_compiled(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def _remap(
     index_B: npt.NDArray[Any],
@@ -160,9 +203,7 @@ def _remap(
         # An index beyond the dictionary, which only a damaged file can hold, counts as null.
         out_B[i] = table[min(np.uint64(index_B[i]), null)]
     if len(valid):
-        for i in range(len(index_B)):
-            if not (valid[(first + i) >> 3] >> ((first + i) & 7)) & 1:
-                out_B[i] = table[null]
+        _fill_nulls(valid, first, out_B, table[null])
 
 
 @_compiled(nogil=True, cache=True)  # type: ignore[untyped-decorator]
