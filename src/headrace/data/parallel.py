@@ -9,7 +9,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Span = TypeVar("Span")
 Result = TypeVar("Result")
@@ -35,11 +35,11 @@ def in_order(
     def fill(place: int) -> None:
         try:
             for result in work(spans[place]):
-                if not _put(slots[place], result, is_over):
+                if not put_until(is_over, slots[place], result):
                     return
-            _put(slots[place], _END, is_over)
+            put_until(is_over, slots[place], _END)
         except BaseException as error:  # noqa: BLE001 - raised by the consumer, where it is in turn
-            _put(slots[place], error, is_over)
+            put_until(is_over, slots[place], error)
 
     # A pool takes work first in, first out: the span that is waited for is always being worked on.
     with ThreadPoolExecutor(threads, thread_name_prefix="span") as pool:
@@ -56,10 +56,11 @@ def in_order(
             pool.shutdown(cancel_futures=True)
 
 
-def _put(slot: "queue.Queue[object]", result: object, is_over: threading.Event) -> bool:
+def put_until(is_over: threading.Event, slot: "queue.Queue[Any]", item: object) -> bool:
+    """Put ``item`` into a bounded queue; return False if that is over before there is room."""
     while not is_over.is_set():
         try:
-            slot.put(result, timeout=_POLL_S)
+            slot.put(item, timeout=_POLL_S)
         except queue.Full:
             continue
         return True

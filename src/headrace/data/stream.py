@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from headrace.data.encoder import EncodedBatch, Encoder, open_encoder
 from headrace.data.layout import Buffers, Packed, RowLayout
 from headrace.data.order import KINDS, Cut, Kind, Position, RowOrder
+from headrace.data.parallel import put_until
 from headrace.data.parquet import ParquetRows, open_parquet
 from headrace.data.sampling import Sampling, sampled
 from headrace.data.selection import Selection
@@ -612,22 +613,16 @@ def _ahead(items: Iterator[Packed], num_ahead: int) -> Iterator[Packed]:
     ready: queue.Queue[Packed | BaseException | None] = queue.Queue(maxsize=num_ahead)
     is_over = threading.Event()
 
-    def put(item: Packed | BaseException | None) -> None:
-        while not is_over.is_set():
-            with contextlib.suppress(queue.Full):
-                ready.put(item, timeout=_POLL_S)
-                return
-
     def read() -> None:
         try:
             for item in items:
-                put(item)
+                is_wanted = put_until(is_over, ready, item)
                 del item  # a buffer the thread still held could not be used again
-                if is_over.is_set():
+                if not is_wanted:
                     return
-            put(None)
+            put_until(is_over, ready, None)
         except BaseException as error:  # noqa: BLE001 - raised by the consumer
-            put(error)
+            put_until(is_over, ready, error)
 
     thread = threading.Thread(target=read, name="read-ahead", daemon=True)
     thread.start()
