@@ -11,6 +11,7 @@ flipped bit in a raw array is just another number. ``verify=True`` checks everyt
 
 import hashlib
 import os
+import threading
 from dataclasses import dataclass, field
 from io import FileIO
 from itertools import accumulate
@@ -248,15 +249,21 @@ class Shards:
         self._files = files
         self._maps: list[_Mapped] = []  # of the packed rows, once a row is asked for
         self._addresses = np.empty(0, np.uint64)
+        self._opening = threading.Lock()
         self._num_unchecked = len(self.sizes)  # shards that have a block nobody looked at
 
     def __getstate__(self) -> dict[str, Any]:
+        state = {name: value for name, value in self.__dict__.items() if name != "_opening"}
         closed = {
             "_maps": [],
             "_addresses": np.empty(0, np.uint64),
             "_num_unchecked": len(self.sizes),
         }
-        return self.__dict__ | closed
+        return state | closed
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._opening = threading.Lock()
 
     @property
     def name(self) -> str:
@@ -352,13 +359,16 @@ class Shards:
 
     def _open(self) -> None:
         width = self.schema.rows.row_bytes
-        maps = [
-            self._mapped(shard, _ROWS, num_rows * width)
-            for shard, num_rows in enumerate(self.sizes)
-        ]
-        # Other threads go by ``_maps``: it comes last, and holds the memory of the addresses.
-        self._addresses = np.array([mapped.raw.ctypes.data for mapped in maps], np.uint64)
-        self._maps = maps
+        with self._opening:
+            if len(self._maps) == len(self.sizes):  # another thread was first, and gathers already
+                return
+            maps = [
+                self._mapped(shard, _ROWS, num_rows * width)
+                for shard, num_rows in enumerate(self.sizes)
+            ]
+            # Threads go by ``_maps``: it comes last, and holds the memory of the addresses.
+            self._addresses = np.array([mapped.raw.ctypes.data for mapped in maps], np.uint64)
+            self._maps = maps
 
     def _mapped(self, shard: int, file: str, num_bytes: int) -> "_Mapped":
         name = f"{self.split}/{shard_name(shard)}/{file}"
@@ -444,7 +454,8 @@ class _Mapped:
                     f"{self.path.parents[2]} and run `headrace repro`"
                 )
             self.is_checked[block] = True
-            self.num_unchecked -= 1
+        # Counted anew, not down: two threads may have checked the same block.
+        self.num_unchecked = int(np.count_nonzero(~self.is_checked))
 
 
 def _pieces(num_rows: int) -> tuple[int, ...]:
