@@ -22,6 +22,7 @@ from headrace.training.device import RandomStream
 from headrace.training.distributed import Launch, current_ranks, joined, read_launch
 from headrace.training.loop import Losses, LossMeans, train_network
 from headrace.training.params import TrainingParams
+from tests.halting import Halt, HaltingRecorder
 from tests.train_case import RESOURCES, views_of
 
 TRAINED = {
@@ -35,24 +36,6 @@ TRAINED = {
     "checkpoint_minutes": 0.0,
 }
 HALT_AFTER = 12  # progress calls: in the second of three epochs
-
-
-class Halt(Exception):
-    pass
-
-
-class HaltingRecorder(MemoryRecorder):
-    """Raises after so many calls of ``progress``, as a signal would."""
-
-    def __init__(self, calls: int) -> None:
-        super().__init__()
-        self.calls_left = calls
-
-    def progress(self, done, total, *, unit, detail=""):
-        super().progress(done, total, unit=unit, detail=detail)
-        self.calls_left -= 1
-        if self.calls_left < 0:
-            raise Halt
 
 
 def train(case: Path, checkpoints: Path, *, recorder=None, **params):

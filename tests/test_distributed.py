@@ -24,11 +24,10 @@ from headrace.data.stream import BatchStream
 from headrace.errors import ConfigError, DataError, IntegrityError, ResourceError
 from headrace.project import Project
 from headrace.training.distributed import ALONE, Launch, Ranks, read_launch
+from tests.halting import Halt, HaltingRecorder
 from tests.rank_case import (
     HALT_AFTER,
     SCENARIOS,
-    Halt,
-    HaltingRecorder,
     norm_case,
     norm_result,
     train,

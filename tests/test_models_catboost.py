@@ -29,6 +29,7 @@ from headrace.models.catboost import (
 )
 from headrace.params import Resources, parse_section
 from headrace.record import MemoryRecorder
+from tests.halting import Halt, HaltingRecorder
 from tests.train_case import (
     DELAY,
     LATE,
@@ -40,22 +41,6 @@ from tests.train_case import (
     table_rows,
     tree_bytes,
 )
-
-
-class Halt(Exception):
-    pass
-
-
-class HaltingRecorder(MemoryRecorder):
-    def __init__(self, calls):
-        super().__init__()
-        self.calls_left = calls
-
-    def progress(self, done, total, *, unit, detail=""):
-        super().progress(done, total, unit=unit, detail=detail)
-        self.calls_left -= 1
-        if self.calls_left < 0:
-            raise Halt
 
 
 @pytest.fixture(scope="module")

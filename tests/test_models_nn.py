@@ -24,6 +24,7 @@ from headrace.params import Resources
 from headrace.record import MemoryRecorder
 from headrace.training.device import RandomStream
 from tests.encode_tables import changed
+from tests.halting import Halt, HaltingRecorder
 from tests.train_case import (
     CLASS,
     DELAY,
@@ -45,22 +46,6 @@ QUICK = {
     "warmup_steps": 0,
     "learning_rate": 0.01,
 }
-
-
-class Halt(Exception):
-    pass
-
-
-class HaltingRecorder(MemoryRecorder):
-    def __init__(self, calls):
-        super().__init__()
-        self.calls_left = calls
-
-    def progress(self, done, total, *, unit, detail=""):
-        super().progress(done, total, unit=unit, detail=detail)
-        self.calls_left -= 1
-        if self.calls_left < 0:
-            raise Halt
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from headrace.training.device import RandomStream, torch_threads
 from headrace.training.distributed import ALONE
 from headrace.training.loop import Losses, LossMeans, learning_rate, train_network
 from headrace.training.params import TrainingParams
+from tests.halting import Halt, HaltingRecorder
 
 CPU = torch.device("cpu")
 
@@ -63,24 +64,6 @@ class Toy:
         for rows in torch.arange(len(self.held_back.x)).split(5):
             means.add(self.losses(self.held_back.part(rows)))
         return means
-
-
-class Halt(Exception):
-    pass
-
-
-class HaltingRecorder(MemoryRecorder):
-    """Raises after so many calls of ``progress``, as a signal would."""
-
-    def __init__(self, calls):
-        super().__init__()
-        self.calls_left = calls
-
-    def progress(self, done, total, *, unit, detail=""):
-        super().progress(done, total, unit=unit, detail=detail)
-        self.calls_left -= 1
-        if self.calls_left < 0:
-            raise Halt
 
 
 def network_of(seed=0, *, inputs=2, dropout=0.0):
