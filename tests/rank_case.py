@@ -20,7 +20,8 @@ from headrace.record import MemoryRecorder
 from headrace.training.checkpoint import Checkpoints
 from headrace.training.device import RandomStream
 from headrace.training.distributed import Launch, current_ranks, joined, read_launch
-from headrace.training.loop import Losses, LossMeans, train_network
+from headrace.training.learner import Losses, LossMeans, Validation
+from headrace.training.loop import train_network
 from headrace.training.params import TrainingParams
 from tests.halting import Halt, HaltingRecorder
 from tests.train_case import RESOURCES, views_of
@@ -128,7 +129,7 @@ class Drawing:
         return Losses({"y": loss}, {"y": torch.ones(())}, {"y": 1.0})
 
     def validate(self):
-        return LossMeans({"y": 1.0}, {"y": 1.0}, {"y": 1.0})
+        return Validation(LossMeans({"y": 1.0}, {"y": 1.0}, {"y": 1.0}))
 
 
 def _draws(folder: Path) -> dict:

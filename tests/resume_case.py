@@ -39,7 +39,8 @@ from headrace.storage import digest_file
 from headrace.training.checkpoint import Checkpoints
 from headrace.training.device import RandomStream, torch_threads
 from headrace.training.distributed import ALONE
-from headrace.training.loop import Losses, LossMeans, train_network
+from headrace.training.learner import Losses, LossMeans, Validation
+from headrace.training.loop import train_network
 from headrace.training.params import TrainingParams
 from tests.encode_tables import write_table
 
@@ -164,12 +165,12 @@ class Learner:
             {"y": 1.0},
         )
 
-    def validate(self) -> LossMeans:
+    def validate(self) -> Validation:
         means = LossMeans({"y": 1.0})
         self._held_back.set_position(0)
         for batch in self._held_back:
             means.add(self.losses(batch))
-        return means
+        return Validation(means)
 
     def _note(self, step: int, batch: Batch) -> None:
         os.write(self._log, (json.dumps([step, batch.row_id.tolist()]) + "\n").encode())

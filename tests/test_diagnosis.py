@@ -37,7 +37,7 @@ from headrace.training.diagnosis import (
     split_step,
     with_transfer,
 )
-from headrace.training.loop import Losses, LossMeans
+from headrace.training.learner import Losses, LossMeans, Validation
 from headrace.training.opwatch import OpCounts, watch
 from headrace.training.params import TrainingParams
 from tests.train_case import make_case
@@ -84,7 +84,7 @@ class Toy:
         return Losses({"y": loss.sum()}, {"y": torch.tensor(float(len(loss)))}, {"y": 1.0})
 
     def validate(self):
-        return LossMeans({"y": 1.0})
+        return Validation(LossMeans({"y": 1.0}))
 
     def close(self):
         self.is_closed = True

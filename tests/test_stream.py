@@ -56,6 +56,16 @@ def test_three_lines_are_enough(folder):
     assert batches[0].targets.shape == (64, 2)
 
 
+def test_the_parts_of_a_batch_are_its_rows_in_their_order(folder):
+    batch = next(iter(headrace.stream(folder, batch_size=64)))
+    parts = batch.split([30, 33, 1])
+
+    assert [len(part) for part in parts] == [30, 33, 1]
+    assert flat(ids(parts)) == batch.row_id.tolist()
+    assert torch.equal(torch.cat([part.codes for part in parts]), batch.codes)
+    assert parts[1].numeric.data_ptr() == batch.numeric[30:].data_ptr()  # no copy
+
+
 @pytest.mark.parametrize("order", KINDS)
 def test_each_pass_is_an_epoch_of_every_row_once(folder, order):
     """Two passes: all rows each time, in another order each time unless sequential."""

@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from headrace.errors import DataError
+from headrace.errors import ConfigError, DataError
 from headrace.record import MemoryRecorder
 from headrace.training.checkpoint import Checkpoints
 from headrace.training.device import RandomStream, torch_threads
 from headrace.training.distributed import ALONE
-from headrace.training.loop import Losses, LossMeans, learning_rate, train_network
+from headrace.training.learner import Epoch, Losses, LossMeans, Metric, Validation
+from headrace.training.loop import learning_rate, train_network
 from headrace.training.params import TrainingParams
 from tests.halting import Halt, HaltingRecorder
 
@@ -36,6 +37,9 @@ class Rows:
     def part(self, rows):
         return Rows(self.row_id[rows], self.x[rows], self.y[rows], self.weight[rows])
 
+    def split(self, sizes):
+        return [self.part(rows) for rows in torch.arange(len(self.x)).split(sizes)]
+
 
 class Toy:
     """A learner over rows in memory; batches come in an order that depends on the epoch."""
@@ -54,6 +58,9 @@ class Toy:
         for batch in order.split(self.batch_rows)[used:]:
             yield self.rows.part(batch)
 
+    def weights(self, batch):
+        return {"y": batch.weight.sum()}
+
     def losses(self, batch):
         z = self.network(batch.x)[:, 0]
         loss = nn.functional.mse_loss(z, batch.y, reduction="none")
@@ -63,7 +70,7 @@ class Toy:
         means = LossMeans({"y": 1.0})
         for rows in torch.arange(len(self.held_back.x)).split(5):
             means.add(self.losses(self.held_back.part(rows)))
-        return means
+        return Validation(means)
 
 
 def network_of(seed=0, *, inputs=2, dropout=0.0):
@@ -82,7 +89,7 @@ def plain(inputs=2, width=16):
         return nn.Sequential(nn.Linear(inputs, width), nn.Tanh(), nn.Linear(width, 1))
 
 
-def go(learner, folder, recorder=None, **params):
+def go(learner, folder, recorder=None, *, stop_on="loss", observer=None, **params):
     recorder = recorder or MemoryRecorder()
     settings = TrainingParams(
         **{"warmup_steps": 0, "weight_decay": 0.0, "learning_rate": 0.02, **params}
@@ -90,10 +97,11 @@ def go(learner, folder, recorder=None, **params):
     outcome = train_network(
         learner,
         settings,
-        stop_on="loss",
+        stop_on=stop_on,
         stream=RandomStream(settings.seed, 1, device=CPU),
         checkpoints=Checkpoints(folder, signature="toy", recorder=recorder),
         recorder=recorder,
+        observer=observer,
         ranks=ALONE,
     )
     return outcome, recorder
@@ -109,7 +117,7 @@ def test_and_or_and_xor_are_learnt(tmp_path, labels):
     learner = Toy(plain(), x, torch.tensor(labels, dtype=torch.float32), batch_rows=4)
     outcome, _ = go(learner, tmp_path, max_epochs=100, patience=100, learning_rate=0.05)
 
-    assert outcome.best_loss < 1e-3
+    assert outcome.best_value < 1e-3
 
 
 def test_a_line_is_learnt(tmp_path):
@@ -117,7 +125,7 @@ def test_a_line_is_learnt(tmp_path):
     learner = Toy(plain(1), x, 2 * x[:, 0])
     outcome, _ = go(learner, tmp_path, max_epochs=120, patience=120)
 
-    assert outcome.best_loss < 1e-3
+    assert outcome.best_value < 1e-3
 
 
 def test_losses_are_means_over_weighted_rows_however_short_the_last_batch(tmp_path):
@@ -147,9 +155,9 @@ def test_the_best_weights_stay_not_the_last(tmp_path):
     curve = values_of(recorder, "inner_loss")
 
     assert outcome.num_epochs == len(curve) == outcome.best_epoch + 5 < 40
-    assert outcome.best_loss == min(curve) == curve[outcome.best_epoch - 1]
+    assert outcome.best_value == min(curve) == curve[outcome.best_epoch - 1]
     with torch.no_grad():
-        assert learner.validate().total() == outcome.best_loss
+        assert learner.validate().losses.total() == outcome.best_value
 
 
 @pytest.mark.parametrize("halt_after", [1, 6, 7, 8, 9, 23])
@@ -256,3 +264,94 @@ def test_a_name_without_labelled_rows_adds_nothing_and_is_no_number():
     assert float(losses.total()) == means.total() == 3.0
     assert means.means()["a"] == 1.5
     assert math.isnan(means.means()["b"])
+
+
+class Scored(Toy):
+    """A learner with two metrics that take given values, epoch by epoch."""
+
+    scores = (0.5, 0.7, 0.7, 0.6, 0.9)
+
+    def validate(self):
+        found = super().validate()
+        score = self.scores[getattr(self, "epoch", 0)]
+        self.epoch = getattr(self, "epoch", 0) + 1
+        metrics = {"auc_y": Metric(score, higher_is_better=True), "rmse_y": Metric(score, False)}
+        return Validation(found.losses, metrics)
+
+
+@pytest.mark.parametrize(
+    ("stop_on", "best_epoch", "num_epochs"), [("auc_y", 2, 4), ("rmse_y", 1, 3)]
+)
+def test_a_metric_decides_in_its_own_direction(tmp_path, stop_on, best_epoch, num_epochs):
+    x = torch.randn(16, 2, generator=torch.Generator().manual_seed(0))
+    learner = Scored(plain(), x, x[:, 0])
+    outcome, recorder = go(learner, tmp_path, stop_on=stop_on, patience=2)
+
+    assert (outcome.best_epoch, outcome.num_epochs) == (best_epoch, num_epochs)
+    assert outcome.best_value == Scored.scores[best_epoch - 1]
+    assert values_of(recorder, "inner_auc_y") == list(Scored.scores[:num_epochs])
+    assert f"auc_y {Scored.scores[num_epochs - 1]}" in recorder.last_progress[-1]
+
+
+def test_what_is_not_validated_cannot_end_training(tmp_path):
+    x = torch.randn(16, 2, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ConfigError, match=r"`stop_on` is 'auc_x', .*; nearest name: auc_y"):
+        go(Scored(plain(), x, x[:, 0]), tmp_path, stop_on="auc_x")
+
+
+class Watcher:
+    """An observer that keeps what it hears, and draws random numbers while it does."""
+
+    def __init__(self):
+        self.heard = []
+
+    def before(self, learner):
+        torch.rand(3)
+        self.heard.append(["before", len(learner.network.state_dict())])
+
+    def gradients(self, norm):
+        self.heard.append(["norm", norm])
+
+    def epoch(self, epoch):
+        assert isinstance(epoch, Epoch)
+        self.heard.append(["epoch", epoch.number, *epoch.train_losses.values(), epoch.is_best])
+
+    def state(self):
+        return {"heard": self.heard}
+
+    def restore(self, state):
+        self.heard = state["heard"]
+
+
+def test_an_observer_hears_every_update_and_epoch_and_changes_no_bit(tmp_path):
+    x = torch.randn(30, 2, generator=torch.Generator().manual_seed(0))
+    alone = Toy(network_of(dropout=0.3), x, x.prod(dim=1))
+    _, recorder = go(alone, tmp_path / "alone", max_epochs=2)
+    watched, watcher = Toy(network_of(dropout=0.3), x, x.prod(dim=1)), Watcher()
+    go(watched, tmp_path / "watched", observer=watcher, max_epochs=2)
+
+    assert [kind for kind, *_ in watcher.heard] == ["before", *(["norm"] * 4 + ["epoch"]) * 2]
+    assert all(norm > 0 for kind, norm, *_ in watcher.heard if kind == "norm")
+    told = [mean for kind, *rest in watcher.heard if kind == "epoch" for mean in rest[1:2]]
+    assert told == values_of(recorder, "train_loss_y")
+    for name, value in alone.network.state_dict().items():
+        assert torch.equal(watched.network.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("halt_after", [2, 5, 7])
+def test_a_resumed_observer_has_heard_what_an_undisturbed_one_has(tmp_path, halt_after):
+    x = torch.randn(30, 2, generator=torch.Generator().manual_seed(0))
+    settings = {"max_epochs": 3, "checkpoint_minutes": 0.0}
+    undisturbed, first, second = Watcher(), Watcher(), Watcher()
+    go(Toy(plain(), x, x[:, 0]), tmp_path / "whole", observer=undisturbed, **settings)
+    with pytest.raises(Halt):
+        go(
+            Toy(plain(), x, x[:, 0]),
+            tmp_path / "halted",
+            HaltingRecorder(halt_after),
+            observer=first,
+            **settings,
+        )
+    go(Toy(plain(), x, x[:, 0]), tmp_path / "halted", observer=second, **settings)
+
+    assert second.heard == undisturbed.heard

@@ -8,7 +8,7 @@ from torch import nn
 
 from headrace.training import variants
 from headrace.training.device import RandomStream
-from headrace.training.loop import Losses
+from headrace.training.learner import Losses
 from headrace.training.opwatch import watch
 from headrace.training.variants import recomputing, step_variants
 

@@ -102,6 +102,11 @@ class Batch:
         """Return the batch in page-locked memory; a DataLoader calls it by this name."""
         return self._map(torch.Tensor.pin_memory)
 
+    def split(self, sizes: list[int]) -> list["Batch"]:
+        """Return consecutive parts of so many rows each, as views; together they are the batch."""
+        parts = (getattr(self, field.name).split(sizes) for field in fields(self))
+        return [Batch(*tensors) for tensors in zip(*parts, strict=True)]
+
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         return Batch(*(change(getattr(self, field.name)) for field in fields(self)))
 

@@ -46,7 +46,8 @@ from headrace.storage import read_json, write_file, write_json
 from headrace.training.checkpoint import Checkpoints
 from headrace.training.device import RandomStream, torch_threads
 from headrace.training.distributed import ALONE, Ranks, current_ranks
-from headrace.training.loop import Losses, LossMeans, Outcome, train_network
+from headrace.training.learner import Losses, LossMeans, Validation
+from headrace.training.loop import Outcome, train_network
 from headrace.training.params import TrainingParams, batch_rows_for
 
 _CONFIG = "network.json"
@@ -265,7 +266,7 @@ def fit_multihead(
             ranks=ranks,
         )
         config = learner.config
-        _record(recorder, learner, device)
+        _record(recorder, learner, device, ranks)
         if ranks.is_first:
             learner.on_first = lambda batch: _record_batch(
                 recorder, batch, views.encoded, checkpoints
@@ -445,7 +446,7 @@ class MultiHeadLearner:
         self._device = device
         self.on_first: Callable[[Batch], None] | None = None  # hears the first batch of a run
         self.batch_rows = batch_rows
-        self.num_ranks = ranks.size
+        self._ranks = ranks
         self.order = order
         self.data_digest = self._stream.source.digest
         self.num_rows = self._stream.num_rows
@@ -463,6 +464,13 @@ class MultiHeadLearner:
     def close(self) -> None:
         """End the processes that read, if there are any."""
         self._loader.close()
+
+    def weights(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Return per target the weights of the rows that have a label, on the device."""
+        is_known_BT = ~torch.isnan(batch.targets)
+        weights_T = torch.where(is_known_BT, batch.weight[:, None], 0.0).sum(dim=0)
+        names = [target.name for target in self._targets]
+        return dict(zip(names, weights_T.to(self._device).unbind(), strict=True))
 
     def losses(self, batch: Batch) -> Losses:
         """Run the network on ``batch``."""
@@ -484,13 +492,13 @@ class MultiHeadLearner:
             weights[target.name] = weight_B.sum()
         return Losses(sums, weights, self._factors)
 
-    def validate(self) -> LossMeans:
-        """Return the losses over this rank's rows of the stop fold."""
+    def validate(self) -> Validation:
+        """Return the losses over the rows of the stop fold."""
         means = LossMeans(dict(self._factors))
         self._held_back.set_position(0)
         for batch in self._held_back_there:
             means.add(self.losses(batch))
-        return means
+        return Validation(means.over(self._ranks))
 
     def _with_look(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         for place, batch in enumerate(batches):
@@ -582,7 +590,9 @@ def _signature(
     }
 
 
-def _record(recorder: Recorder, learner: MultiHeadLearner, device: torch.device) -> None:
+def _record(
+    recorder: Recorder, learner: MultiHeadLearner, device: torch.device, ranks: Ranks
+) -> None:
     recorder.params(
         {
             "device": device.type,
@@ -592,7 +602,7 @@ def _record(recorder: Recorder, learner: MultiHeadLearner, device: torch.device)
             "order": learner.order,
             "transfer": learner.there.choice.mode,
             "pinned_bytes": learner.there.pinned_bytes,
-            "ranks": learner.num_ranks,
+            "ranks": ranks.size,
             "parameters": sum(p.numel() for p in learner.network.parameters()),
         }
     )
@@ -609,6 +619,6 @@ def _summary(outcome: Outcome) -> dict[str, Any]:
     return {
         "best_epoch": outcome.best_epoch,
         "epochs": outcome.num_epochs,
-        "inner_loss": outcome.best_loss,
+        "inner_loss": outcome.best_value,
         "parameters": outcome.num_parameters,
     }

@@ -46,7 +46,8 @@ from headrace.training.ceilings import (
     waiter,
 )
 from headrace.training.device import RandomStream, torch_threads
-from headrace.training.loop import Learner, training_update
+from headrace.training.learner import Learner
+from headrace.training.loop import training_update
 from headrace.training.opwatch import OpCounts, watch
 from headrace.training.params import TrainingParams
 

@@ -17,107 +17,24 @@ losses of the global batch, checkpoints by the first alone. A checkpoint fits an
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
-from headrace.errors import DataError
+from headrace.errors import ConfigError, DataError, nearest
 from headrace.record import MemoryRecorder, Recorder
 from headrace.training.cadence import Cadence
 from headrace.training.checkpoint import Checkpoints
 from headrace.training.device import RandomStream
 from headrace.training.distributed import ALONE, Ranks, weights_digest
+from headrace.training.learner import Epoch, Learner, Losses, LossMeans, Observer, Validation
 from headrace.training.params import TrainingParams
 from headrace.training.signals import HeldSignals, held_signals
 from headrace.training.stopping import EarlyStopping
-
-
-@dataclass(frozen=True)
-class Losses:
-    """Losses of one batch: per name the sum over rows of weight × loss, and the sum of weights.
-
-    ``scales`` are the factors with which the means enter the total that is minimised.
-    """
-
-    sums: Mapping[str, torch.Tensor]
-    weights: Mapping[str, torch.Tensor]
-    scales: Mapping[str, float]
-
-    def total(self) -> torch.Tensor:
-        """Return the scaled sum of the row-weighted mean losses; a name without rows adds 0."""
-        parts = [
-            self.scales[name] * self.sums[name] / self.weights[name].clamp_min(1e-12)
-            for name in self.sums
-        ]
-        return torch.stack(parts).sum()
-
-
-@dataclass
-class LossMeans:
-    """Row-weighted mean losses over many batches, summed in float64."""
-
-    scales: Mapping[str, float]
-    sums: dict[str, float] = field(default_factory=dict)
-    weights: dict[str, float] = field(default_factory=dict)
-
-    def add(self, losses: Losses) -> None:
-        """Take in one batch."""
-        for name in losses.sums:
-            self.sums[name] = self.sums.get(name, 0.0) + float(losses.sums[name].detach())
-            self.weights[name] = self.weights.get(name, 0.0) + float(losses.weights[name])
-
-    def means(self) -> dict[str, float]:
-        """Return the mean per name; NaN for a name without a labelled row."""
-        return {
-            name: total / self.weights[name] if self.weights[name] > 0 else math.nan
-            for name, total in self.sums.items()
-        }
-
-    def total(self) -> float:
-        """Return the scaled sum of the means that exist."""
-        means = self.means()
-        return sum(self.scales[n] * value for n, value in means.items() if self.weights[n] > 0)
-
-    def over(self, ranks: Ranks) -> "LossMeans":
-        """Return the means over the rows of all ranks; each has summed its own."""
-        if ranks.size == 1:
-            return self
-        names = list(self.scales)
-        own = [[part.get(name, 0.0) for name in names] for part in (self.sums, self.weights)]
-        sums, weights = ranks.summed(torch.tensor(own, dtype=torch.float64)).tolist()
-        return LossMeans(
-            self.scales,
-            dict(zip(names, sums, strict=True)),
-            dict(zip(names, weights, strict=True)),
-        )
-
-
-class RowBatch(Protocol):
-    """What the loop itself needs of a batch."""
-
-    @property
-    def row_id(self) -> torch.Tensor:
-        """The rows' ids, for messages; its length is the number of rows."""
-
-
-class Learner(Protocol):
-    """What the loop trains: a network, its batches and its losses."""
-
-    network: nn.Module
-    num_batches: int  # at most, in one epoch
-
-    def batches(self, epoch: int, *, used: int) -> Iterable[Any]:
-        """Yield the batches (``RowBatch``) of ``epoch`` after the first ``used``."""
-
-    def losses(self, batch: Any) -> Losses:
-        """Run the network on ``batch``; the sums carry gradients."""
-
-    def validate(self) -> LossMeans:
-        """Return losses on this rank's held-back rows, in evaluation mode, without gradients."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +43,7 @@ class Outcome:
 
     best_epoch: int  # from 1
     num_epochs: int
-    best_loss: float
+    best_value: float  # of what early stopping looked at
     num_parameters: int
 
 
@@ -138,21 +55,26 @@ def train_network(
     stream: RandomStream,
     checkpoints: Checkpoints,
     recorder: Recorder,
+    observer: Observer | None = None,
     ranks: Ranks = ALONE,
     clock: Callable[[], float] = time.monotonic,
 ) -> Outcome:
     """Train ``learner.network`` until it stops improving; leave the best weights in it.
 
-    ``stop_on`` is ``loss`` (the total) or the name of one of the losses. Random numbers (dropout)
-    come from ``stream``; with several ``ranks`` each draws its own, anew for every step. ``clock``
-    gives the seconds by which checkpoints are due. SIGINT and SIGTERM take effect between two
-    steps, after a checkpoint.
+    ``stop_on`` is ``loss`` (the total), the name of one of the losses, or of a metric of the
+    learner's ``Validation``. Random numbers (dropout) come from ``stream``; with several ``ranks``
+    each draws its own, anew for every step. ``observer`` hears what happens and changes nothing.
+    ``clock`` gives the seconds by which checkpoints are due. SIGINT and SIGTERM take effect between
+    two steps, after a checkpoint.
 
     Raises:
+        ConfigError: if ``stop_on`` names nothing that the learner validates.
         DataError: if a loss is not finite, with the first row ids of the batch.
     """
     with held_signals() as signals, stream.lent():
-        run = _Run(learner, params, stop_on, stream, checkpoints, recorder, ranks, clock, signals)
+        run = _Run(
+            learner, params, stop_on, stream, checkpoints, recorder, observer, ranks, clock, signals
+        )
         run.resume()
         while not run.is_over:
             run.one_epoch()
@@ -167,9 +89,8 @@ def training_update(learner: Learner, params: TrainingParams) -> Callable[[Any],
     recorder = MemoryRecorder()
     unused = Checkpoints(Path(), signature="", recorder=recorder)
     stream = RandomStream(params.seed, device=_device_of(learner.network))
-    run = _Run(
-        learner, params, "loss", stream, unused, recorder, ALONE, time.monotonic, HeldSignals()
-    )
+    clock, signals = time.monotonic, HeldSignals()
+    run = _Run(learner, params, "loss", stream, unused, recorder, None, ALONE, clock, signals)
     return run._update
 
 
@@ -195,6 +116,7 @@ class _Run:
         stream: RandomStream,
         checkpoints: Checkpoints,
         recorder: Recorder,
+        observer: Observer | None,
         ranks: Ranks,
         clock: Callable[[], float],
         signals: HeldSignals,
@@ -207,6 +129,7 @@ class _Run:
         self._stream = stream
         self._checkpoints = checkpoints
         self._recorder = recorder
+        self._observer = observer
         self._optimiser = _optimiser(learner.network, params)
         self._best: dict[str, torch.Tensor] = {}
         self._sums: LossMeans | None = None
@@ -241,15 +164,19 @@ class _Run:
             )
             self._end_step()
         self._require_same_weights()
-        held_back = self._validate()
-        self._log(held_back)
-        value = held_back.total() if self._stop_on == "loss" else held_back.means()[self._stop_on]
-        if self.stopping.see(self.epoch, value):
+        found = self._validate()
+        self._log(found)
+        figure = found.figure(self._stop_on)
+        is_best = self.stopping.see(
+            self.epoch, figure.value, higher_is_better=figure.higher_is_better
+        )
+        if is_best:
             self._best = _copy(network.state_dict())
+        self._tell(found, is_best=is_best)
         self.epoch, self.used, self._sums = self.epoch + 1, 0, None
         self._end_step()
         self._recorder.progress(
-            self.epoch, self._params.max_epochs, unit="epochs", detail=f"loss {value:.5g}"
+            self.epoch, self._params.max_epochs, unit="epochs", detail=_in_words(found)
         )
 
     def resume(self) -> None:
@@ -257,6 +184,10 @@ class _Run:
         state = self._ranks.from_first(self._checkpoints.load)
         if state is not None:
             self._take_over(state)
+        elif self._observer is not None:
+            before = self._stream.state()
+            self._observer.before(self._learner)
+            self._stream.restore(before)
         self._require_same_weights()
 
     def _take_over(self, state: Mapping[str, Any]) -> None:
@@ -271,6 +202,8 @@ class _Run:
         self.epoch, self.used, self.step = state["epoch"], state["used"], state["step"]
         if state["sums"] is not None:
             self._sums = LossMeans(**state["sums"])
+        if self._observer is not None:
+            self._observer.restore(state["observer"])
         self._recorder.note(f"Resumed in epoch {self.epoch + 1} after {self.used} batches.")
         if (before := state.get("ranks", 1)) != self._ranks.size:
             self._recorder.note(
@@ -284,15 +217,16 @@ class _Run:
         network = self._learner.network
         if not self._best:
             raise DataError(
-                "training diverged in its first epoch: the validation loss is not finite; set a "
-                "smaller learning_rate, or look for extreme values in the numeric columns"
+                f"training diverged in its first epoch: on the held-back rows, {self._stop_on!r} "
+                f"is not finite; set a smaller learning_rate, or look for extreme values in the "
+                f"numeric columns"
             )
         network.load_state_dict(self._best)
         network.eval()
         return Outcome(
             best_epoch=self.stopping.best_epoch + 1,
             num_epochs=self.epoch,
-            best_loss=self.stopping.best,
+            best_value=self.stopping.best,
             num_parameters=sum(p.numel() for p in network.parameters()),
         )
 
@@ -312,7 +246,9 @@ class _Run:
             raise self._not_finite(value, total, batch)
         torch.autograd.backward(total)
         self._ranks.sum_gradients(self._learner.network)
-        nn.utils.clip_grad_norm_(self._learner.network.parameters(), self._params.clip_norm)
+        norm = nn.utils.clip_grad_norm_(self._learner.network.parameters(), self._params.clip_norm)
+        if self._observer is not None:
+            self._observer.gradients(float(norm))
         self._optimiser.step()
         self.step += 1
         if self._sums is None:
@@ -354,23 +290,46 @@ class _Run:
         if self._ranks.size > 1:
             self._ranks.require_same("the network", weights_digest(self._learner.network))
 
-    def _validate(self) -> LossMeans:
+    def _validate(self) -> Validation:
         self._learner.network.eval()
         with torch.no_grad():
-            return self._learner.validate().over(self._ranks)
+            found = self._learner.validate()
+        if self._stop_on not in (names := found.names()):
+            raise ConfigError(
+                f"`stop_on` is {self._stop_on!r}, which is not validated"
+                f"{nearest(self._stop_on, names) or f'; there are: {names}'}"
+            )
+        return found
 
-    def _log(self, held_back: LossMeans) -> None:
-        learnt = self._sums
-        values = {"inner_loss": held_back.total()}
-        values |= {f"inner_loss_{name}": value for name, value in held_back.means().items()}
-        if learnt is not None:
-            values["train_loss"] = learnt.total()
-            values |= {f"train_loss_{name}": value for name, value in learnt.means().items()}
-        values["learning_rate"] = float(self._optimiser.param_groups[0]["lr"])  # the one used last
+    @property
+    def _rate(self) -> float:
+        """The learning rate that was used last."""
+        return float(self._optimiser.param_groups[0]["lr"])
+
+    def _log(self, found: Validation) -> None:
+        values = {"inner_loss": found.losses.total(), "learning_rate": self._rate}
+        values |= {f"inner_loss_{name}": value for name, value in found.losses.means().items()}
+        values |= {f"inner_{name}": metric.value for name, metric in found.metrics.items()}
+        if self._sums is not None:
+            values["train_loss"] = self._sums.total()
+            values |= {f"train_loss_{name}": value for name, value in self._sums.means().items()}
         self._recorder.metrics(
             {name: value for name, value in values.items() if math.isfinite(value)},
             step=self.epoch + 1,
         )
+
+    def _tell(self, found: Validation, *, is_best: bool) -> None:
+        if self._observer is not None:
+            self._observer.epoch(
+                Epoch(
+                    number=self.epoch + 1,
+                    train_losses={} if self._sums is None else self._sums.means(),
+                    inner_losses=found.losses.means(),
+                    metrics=found.metrics,
+                    learning_rate=self._rate,
+                    is_best=is_best,
+                )
+            )
 
     def _end_step(self) -> None:
         """Save if it is time, training is over or a signal came; obey the signal."""
@@ -395,6 +354,7 @@ class _Run:
                 "used": self.used,
                 "step": self.step,
                 "ranks": self._ranks.size,
+                "observer": {} if self._observer is None else self._observer.state(),
                 "sums": None
                 if sums is None
                 else {
@@ -421,6 +381,13 @@ def _optimiser(network: nn.Module, params: TrainingParams) -> torch.optim.Optimi
         {"params": others, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=params.learning_rate)
+
+
+def _in_words(found: Validation) -> str:
+    """The validation for a progress line: ``loss 0.431, auc_late 0.692``."""
+    figures = {"loss": found.losses.total()}
+    figures |= {name: metric.value for name, metric in found.metrics.items()}
+    return ", ".join(f"{name} {value:.5g}" for name, value in figures.items())
 
 
 def _copy(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -7,7 +7,8 @@ from torch import nn
 
 from headrace.data.rates import Steps, Task, epoch_name
 from headrace.training.device import RandomStream, torch_threads
-from headrace.training.loop import Learner, training_update
+from headrace.training.learner import Learner
+from headrace.training.loop import training_update
 from headrace.training.params import TrainingParams
 
 _PRODUCTS = "matrix products of nn"

@@ -11,23 +11,24 @@ from typing import Any
 
 @dataclass
 class EarlyStopping:
-    """The memory of one training run's validation values; smaller is better.
+    """The memory of one training run's validation values.
 
-    ``patience`` epochs in a row without a gain end it. ``best`` is infinite until the first epoch.
+    ``patience`` epochs in a row without a gain end it. ``best`` is NaN until the first epoch.
     """
 
     patience: int
-    best: float = math.inf
+    best: float = math.nan
     best_epoch: int = -1
     epochs_without_gain: int = 0
     is_diverged: bool = False
 
-    def see(self, epoch: int, value: float) -> bool:
+    def see(self, epoch: int, value: float, *, higher_is_better: bool = False) -> bool:
         """Take the value of one finished epoch; return whether it is the best so far."""
         if not math.isfinite(value):
             self.is_diverged = True
             return False
-        if value < self.best:
+        is_first = self.best_epoch < 0
+        if is_first or (value > self.best if higher_is_better else value < self.best):
             self.best, self.best_epoch, self.epochs_without_gain = value, epoch, 0
             return True
         self.epochs_without_gain += 1

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint_sequential
 from headrace.training.ceilings import time_of, waiter
 from headrace.training.device import RandomStream
 from headrace.training.diagnosis import kernel_launches
-from headrace.training.loop import Learner
+from headrace.training.learner import Learner
 from headrace.training.opwatch import watch
 
 _WARM_UP = 3  # steps before a capture, as torch asks
