@@ -21,7 +21,7 @@ from headrace.data.shards import ShardWriter, open_shards, write_schema
 from headrace.data.stream import BatchStream, loader, stream
 from headrace.data.transfer import to_device
 from headrace.models.nn import NnParams, fit
-from headrace.models.protocol import TrainViews
+from headrace.models.protocol import StopRows, TrainViews
 from headrace.params import Resources
 from headrace.record import MemoryRecorder
 from headrace.storage import new_folder
@@ -84,7 +84,9 @@ def _busy_row(folders: Folders) -> Row:
     folds = (0, 1, 2, 3, 4)
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with tempfile.TemporaryDirectory() as name, torch.profiler.profile(activities=activities) as p:
-        views = TrainViews(table.folder, folders.encoded, Path(name), table.contract, folds, 4)
+        views = TrainViews(
+            table.folder, folders.encoded, Path(name), table.contract, folds, StopRows("fold", 4)
+        )
         fit(
             views,
             NnParams(threads=1, max_epochs=2),

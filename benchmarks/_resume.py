@@ -18,7 +18,7 @@ import pyarrow as pa
 from benchmarks.harness import Row, measure, ratio_row
 from headrace.data.table import open_table
 from headrace.models.nn import NnParams, fit
-from headrace.models.protocol import TrainViews
+from headrace.models.protocol import StopRows, TrainViews
 from headrace.params import Resources
 from headrace.record import MemoryRecorder
 from headrace.schema import Role, Target
@@ -174,5 +174,10 @@ def _views(folder: Path, num_rows: int) -> TrainViews:
     )
     contract = open_table(folder / "reduce").contract
     return TrainViews(
-        folder / "reduce", folder / "encode", folder / "cache", contract, (0, 1, 2, 3, 4), 4
+        folder / "reduce",
+        folder / "encode",
+        folder / "cache",
+        contract,
+        (0, 1, 2, 3, 4),
+        StopRows("fold", 4),
     )

@@ -278,7 +278,7 @@ def test_training_records_its_first_batch_once(tmp_path):
     run(resumed)
     (path, folder), *more = fresh.files
     lines = [line.split() for line in path.read_text().splitlines()]
-    learn = open_shards(views.encoded, "train").read("fold") != views.stop_fold
+    learn = open_shards(views.encoded, "train").read("fold") != views.stop.fold
     first = next(iter(BatchStream(views.encoded, batch_size=32, rows=learn)))
     shown = next(line for line in lines if line[:1] == ["row_id"])[1:]
 

@@ -10,6 +10,7 @@ from threadpoolctl import threadpool_limits
 from headrace.data.shards import open_shards
 from headrace.errors import IntegrityError, SchemaError
 from headrace.models.baseline import BaselineParams, fit, load
+from headrace.models.protocol import StopRows
 from headrace.record import MemoryRecorder
 from tests.encode_tables import changed, write_table
 from tests.train_case import (
@@ -56,7 +57,7 @@ def test_the_prior_is_the_weighted_mean_and_the_weighted_shares(views):
 
 
 def test_only_the_folds_of_the_views_are_learnt(views):
-    model, recorder = fitted(replace(views, folds=(1, 2), stop_fold=2))
+    model, recorder = fitted(replace(views, folds=(1, 2), stop=StopRows("fold", fold=2)))
     train = encoded_rows(views, "train")
     rows = np.isin(train.fold, (1, 2)) & ~np.isnan(train.targets[:, 0])
     expected = np.average(train.targets[rows, 0], weights=train.weight[rows].astype(float))

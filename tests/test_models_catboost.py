@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 
 import headrace.models.catboost as catboost_kind
+from headrace.data.draws import is_sampled
 from headrace.errors import (
     ConfigError,
     DataError,
@@ -23,10 +24,10 @@ from headrace.models.catboost import (
     CatboostParams,
     fit,
     inputs_of_table,
-    is_sampled,
     load,
     predicted_bytes,
 )
+from headrace.models.protocol import StopRows
 from headrace.params import Resources, parse_section
 from headrace.record import MemoryRecorder
 from tests.halting import Halt, HaltingRecorder
@@ -173,7 +174,7 @@ def test_labels_of_other_splits_change_nothing(tmp_path):
 
 
 def test_only_the_folds_of_the_views_are_learnt(views, tmp_path):
-    _, recorder = fitted(replace(views, folds=(1, 2, 3), stop_fold=3), tmp_path)
+    _, recorder = fitted(replace(views, folds=(1, 2, 3), stop=StopRows("fold", fold=3)), tmp_path)
     fold = encoded_rows(views, "train").fold
 
     assert recorder.recorded_params["rows_learnt_from"] == np.isin(fold, (1, 2)).sum()
@@ -289,7 +290,7 @@ def test_a_memory_budget_that_cannot_hold_the_pool_is_refused_before_reading(vie
 def test_what_catboost_refuses_is_one_message(tmp_path):
     views = make_case(tmp_path, targets=(LATE,))
     with pytest.raises(DataError, match="catboost cannot learn target 'late': "):
-        fitted(replace(views, folds=(4, 9), stop_fold=9), tmp_path)
+        fitted(replace(views, folds=(4, 9), stop=StopRows("fold", fold=9)), tmp_path)
 
 
 def test_a_gpu_that_is_not_there_is_refused(views, tmp_path, monkeypatch):

@@ -11,14 +11,9 @@ import pytest
 import torch
 
 from headrace.errors import ConfigError, DataError, DependencyError, IntegrityError, SchemaError
-from headrace.models import multihead
-from headrace.models.multihead import (
-    Inputs,
-    MultiHead,
-    Trunk,
-    embedding_sizes,
-    row_losses,
-)
+from headrace.models import network as network_module
+from headrace.models.mlp import Mlp, MlpDesign, embedding_sizes
+from headrace.models.network import Inputs, TargetScale, mean_losses, member_losses
 from headrace.models.nn import NnParams, fit, load
 from headrace.params import Resources
 from headrace.record import MemoryRecorder
@@ -122,7 +117,7 @@ def test_the_predictions_of_a_row_do_not_depend_on_its_neighbours(views, tmp_pat
     for row in (0, 77):
         alone = model.predict(rows.where(np.array([row])))
         for name, values in whole.items():
-            assert alone[name] == pytest.approx(values[[row]], abs=1e-5)
+            assert alone[name] == pytest.approx(values[[row]], rel=1e-6, abs=1e-6)
 
 
 def test_no_rows_give_no_predictions(views, tmp_path):
@@ -312,11 +307,19 @@ def network(outputs=(1, 1, 3)):
         has_missing=(1,),
         categories=("c",),
         cardinalities=(5,),
-        embedding_sizes=(3,),
     )
-    trunk = Trunk(hidden_sizes=(8, 4), activation="relu", dropout=0.0, batch_norm=False)
+    design = MlpDesign(
+        hidden_sizes=(8, 4), activation="relu", dropout=0.0, batch_norm=False, embedding_size=3
+    )
     with RandomStream(0, device=torch.device("cpu")).lent():
-        return MultiHead(inputs, trunk, outputs)
+        return Mlp(inputs, design, outputs)
+
+
+PLAIN = TargetScale(mean=0.0, std=1.0)
+
+
+def row_losses(z_BKO, y_B, target):
+    return member_losses(z_BKO, y_B, target, PLAIN)[:, 0]
 
 
 def test_the_number_of_parameters_by_hand():
@@ -343,23 +346,72 @@ def test_a_new_network_knows_nothing():
 
 
 def test_saturated_logits_keep_a_finite_loss_and_their_slope():
-    for task, shape in ((LATE, (1, 1)), (CLASS, (1, 3))):
+    for task, shape in ((LATE, (1, 1, 1)), (CLASS, (1, 1, 3))):
         z = torch.full(shape, 0.0)
-        z[0, 0] = 1e4
+        z[0, 0, 0] = 1e4
         z.requires_grad_()
         wrong = torch.tensor([0.0 if task is LATE else 1.0])
         loss = row_losses(z, wrong, task)
         loss.sum().backward()
         assert float(loss.detach()) == pytest.approx(1e4)
-        assert float(z.grad[0, 0]) == pytest.approx(1.0)
+        assert float(z.grad[0, 0, 0]) == pytest.approx(1.0)
 
 
 def test_a_batch_of_one_keeps_its_axis_and_unequal_shapes_raise():
-    one = torch.zeros(1, 1)
+    one = torch.zeros(1, 1, 1)
 
     assert row_losses(one, torch.zeros(1), DELAY).shape == (1,)
-    with pytest.raises(ValueError, match="losses of shape"):
-        row_losses(torch.zeros(4, 1), torch.zeros(4, 1), DELAY)
+    for shape in [(4, 1), (3, 1, 1), (4, 1, 2)]:
+        with pytest.raises(ValueError, match=r"outputs of shape .*; expected \(rows, members, 1\)"):
+            row_losses(torch.zeros(shape), torch.zeros(4), DELAY)
+
+
+def test_the_loss_of_an_ensemble_is_that_of_its_mean_prediction():
+    """And never that of its members averaged, which is larger."""
+    generator = torch.Generator().manual_seed(0)
+    z_BKO = torch.randn(5, 3, 3, generator=generator, dtype=torch.float64)
+    y = torch.tensor([0.0, 1, 2, 1, 0], dtype=torch.float64)
+    p_BO = torch.softmax(z_BKO, dim=2).mean(dim=1)
+    p_B = torch.sigmoid(z_BKO[:, :, 0]).mean(dim=1)
+    is_one = y == 1
+
+    assert torch.allclose(
+        mean_losses(z_BKO, y, CLASS, PLAIN), -p_BO[torch.arange(5), y.long()].log()
+    )
+    assert torch.allclose(
+        mean_losses(z_BKO[:, :, :1], is_one.double(), LATE, PLAIN),
+        -torch.where(is_one, p_B, 1 - p_B).log(),
+    )
+    assert torch.allclose(
+        mean_losses(z_BKO[:, :, :1], y, DELAY, PLAIN), (z_BKO[:, :, 0].mean(dim=1) - y) ** 2
+    )
+    assert (
+        mean_losses(z_BKO, y, CLASS, PLAIN) < member_losses(z_BKO, y, CLASS, PLAIN).mean(dim=1)
+    ).all()
+
+
+def test_values_stay_in_their_output_range_and_begin_at_the_mean(views, tmp_path):
+    model, _ = fitted(views, tmp_path, output_range={"delay": [0.0, 20.0]}, max_epochs=20)
+    values = model.predict(encoded_rows(views, "test"))["delay"]
+    bounded = TargetScale(mean=5.0, std=10.0, low=0.0, high=20.0)
+
+    assert values.min() >= -2
+    assert values.max() <= 22
+    assert np.ptp(values) > 15
+    assert float(network_module.in_range(torch.zeros(1), bounded)) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "match"),
+    [
+        ({"delay": [3.0, 1.0]}, r"output_range.delay` is \[3.0, 1.0\] .*low < high"),
+        ({"late": [0.0, 1.0]}, "for a binary target"),
+        ({"dela": [0.0, 1.0]}, "names 'dela', which is no target; nearest name: delay"),
+    ],
+)
+def test_an_output_range_that_cannot_be_is_refused(views, tmp_path, bounds, match):
+    with pytest.raises(ConfigError, match=match):
+        fitted(views, tmp_path, output_range=bounds)
 
 
 def test_gradients_agree_with_finite_differences():
@@ -395,7 +447,7 @@ def test_embeddings_grow_slowly_with_the_labels():
 def test_the_order_of_training_is_said_and_goes_by_the_set_alone(views, tmp_path, monkeypatch):
     """Exact while the packed rows are few; the window of another set is as exact as that here."""
     _, exact = fitted(views, tmp_path / "a", max_epochs=1)
-    monkeypatch.setattr(multihead, "_EXACT_BYTES", 100)
+    monkeypatch.setattr(network_module, "_EXACT_BYTES", 100)
     _, window = fitted(views, tmp_path / "b", max_epochs=1)
     _, block = fitted(views, tmp_path / "c", max_epochs=1, order="block")
 

@@ -5,11 +5,10 @@ import sys
 
 import pytest
 
-from headrace.errors import ConfigError, DataError, IntegrityError
+from headrace.errors import ConfigError, IntegrityError
 from headrace.models.baseline import BaselineParams, fit
 from headrace.models.protocol import (
     KINDS,
-    choose_stop_fold,
     kind_module,
     load_model,
     model_section,
@@ -51,16 +50,6 @@ def test_sections_load_neither_torch_nor_catboost():
     assert done.stdout.strip() == ""
 
 
-def test_the_last_fold_is_held_back_for_stopping():
-    assert choose_stop_fold([0, 3, 1]) == 3
-
-
-@pytest.mark.parametrize("folds", [(), (0,)])
-def test_stopping_needs_two_folds(folds):
-    with pytest.raises(DataError, match=r"early stopping needs at least two.*extract.split.folds"):
-        choose_stop_fold(folds)
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
@@ -89,12 +78,12 @@ def test_model_json_says_what_it_is(saved):
 
 @pytest.mark.parametrize(
     ("change", "told"),
-    [({"format": 2}, "format 2"), ({"kind": "pickle"}, "kind 'pickle'")],
+    [({"format": 1}, "format 1"), ({"kind": "pickle"}, "kind 'pickle'")],
 )
 def test_another_form_of_model_is_refused(saved, tmp_path, change, told):
     folder, _ = saved
     write_json(tmp_path / "model.json", read_json(folder / "model.json") | change)
-    with pytest.raises(IntegrityError, match=f"{told}.*reads format 1 of the kinds baseline"):
+    with pytest.raises(IntegrityError, match=f"{told}.*reads format 2 of the kinds baseline"):
         load_model(tmp_path)
 
 

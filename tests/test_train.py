@@ -8,13 +8,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from headrace.data.predictions import read_predictions
+from headrace.data.predictions import VALID_SEEN, read_predictions
 from headrace.data.table import open_table
 from headrace.errors import ConfigError, DataError, IntegrityError
+from headrace.models.bagging import fit_plans
 from headrace.models.protocol import KINDS, load_model, model_section
 from headrace.record import MemoryRecorder
 from headrace.stages.train import Trained, count_labels, refuse_unlearnable, train
 from headrace.storage import verify_folder
+from tests.halting import Halt, HaltingRecorder
 from tests.train_case import (
     DELAY,
     RESOURCES,
@@ -40,8 +42,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(folder, model, out, **params):
-    recorder = MemoryRecorder()
+def run(folder, model, out, *, recorder=None, **params):
+    recorder = recorder or MemoryRecorder()
     result = train(
         folder / "reduce",
         folder / "encode",
@@ -57,24 +59,30 @@ def run(folder, model, out, **params):
 
 
 @pytest.mark.parametrize("model", KINDS)
-def test_every_valid_and_test_row_is_predicted_once_and_joined_by_its_id(folder, tmp_path, model):
+def test_every_row_is_predicted_once_by_a_model_that_has_not_seen_it(folder, tmp_path, model):
     result, recorder = run(folder, model, tmp_path / "out")
     verify_folder(tmp_path / "out")
     table = open_table(folder / "reduce")
     for target in TARGETS:
         found = read_predictions(tmp_path / "out", target)
-        for split in ("valid", "test"):
-            expected = table.read(split, ["row_id"])["row_id"].to_numpy()
-            assert np.array_equal(np.sort(found.of_split(split).row_id), np.sort(expected))
+        for split in ("train", "valid", "test"):
+            expected = table.read(split, ["row_id", "fold"])
+            of_split = found.of_split(split)
+            order = np.argsort(expected["row_id"].to_numpy())
+            assert np.array_equal(of_split.row_id, expected["row_id"].to_numpy()[order])
+            fold = expected["fold"].fill_null(-1).to_numpy()[order]
+            assert np.array_equal(of_split.fold, fold)
+            for code, own in zip(of_split.seen, fold, strict=True):
+                assert set(found.folds_seen[code]) == {0, 1, 2, 3, 4} - {own}
         assert found.model == model
-        assert set(found.folds_seen) == {(0, 1, 2, 3, 4)}
-        assert (found.fold == -1).all()
     assert isinstance(result, Trained)
-    assert str(result) == f"{model} learnt delay, late, class; predicted rows: valid 150, test 130"
+    assert str(result) == (
+        f"{model} learnt delay, late, class; predicted rows: valid 150, test 130, train 600"
+    )
     assert {data["context"]: data["rows"] for data in recorder.datasets} == {
         "train": 600, "valid": 150, "test": 130,
     }  # fmt: skip
-    assert recorder.last_progress[:3] == (280, 280, "rows")
+    assert recorder.last_progress[:3] == (880, 880, "rows")
 
 
 @pytest.mark.parametrize("model", KINDS)
@@ -134,7 +142,8 @@ def test_model_json_holds_what_a_person_asks_and_nothing_of_this_run(folder, tmp
     text = (tmp_path / "out" / "model.json").read_text()
     content = json.loads(text)
 
-    assert content["summary"]["targets"]["late"]["trees"] > 1
+    assert content["members"] == [f"fold-{fold}" for fold in range(5)]
+    assert content["summary"]["fold-0"]["targets"]["late"]["trees"] > 1
     assert str(tmp_path) not in text
     names = {path.relative_to(tmp_path / "out").parts[0] for path in (tmp_path / "out").iterdir()}
     assert names == {"manifest.json", "model", "model.json", "predictions"}
@@ -142,17 +151,7 @@ def test_model_json_holds_what_a_person_asks_and_nothing_of_this_run(folder, tmp
 
 def test_an_unknown_model_names_the_nearest(folder, tmp_path):
     with pytest.raises(ConfigError, match="'basline' is not a kind of model; nearest name: base"):
-        train(
-            folder / "reduce",
-            folder / "encode",
-            tmp_path / "out",
-            model_section("baseline")(),
-            model="basline",
-            cache=tmp_path,
-            checkpoints=tmp_path,
-            resources=RESOURCES,
-            recorder=MemoryRecorder(),
-        )
+        run(folder, "basline", tmp_path / "out")
 
 
 def spoil(folder: Path, **columns):
@@ -162,18 +161,19 @@ def spoil(folder: Path, **columns):
 def test_a_target_of_one_class_is_refused_with_the_class_that_is_absent(tmp_path):
     spoil(tmp_path, late=pa.array(["no"] * 600))
     with pytest.raises(
-        DataError, match=r"target 'late': no train row to learn from .* class 'yes'"
+        DataError, match=r"target 'late': no row to learn from of the fit fold-0 .* class 'yes'"
     ):
         run(tmp_path, "baseline", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_class_that_only_the_stop_fold_has_is_refused(tmp_path):
+def test_a_class_that_only_one_fold_has_is_refused(tmp_path):
     is_stop = np.arange(600) % 5 == 4
     labels = np.where(is_stop, "c", np.array(["a", "b"])[np.arange(600) % 2])
     spoil(tmp_path, **{"class": pa.array(labels.tolist())})
     with pytest.raises(
-        DataError, match=r"target 'class': .*folds other than 4\) has the class 'c'"
+        DataError,
+        match=r"target 'class': .* the fit fold-0 has the class 'c'; .*lower `extract.folds`",
     ):
         run(tmp_path, "nn", tmp_path / "out")
 
@@ -182,37 +182,102 @@ def test_all_faults_of_the_targets_come_in_one_message(tmp_path):
     spoil(tmp_path, delay=pa.nulls(600, pa.float64()), late=pa.array(["no"] * 600))
     with pytest.raises(DataError) as caught:
         run(tmp_path, "catboost", tmp_path / "out")
-    assert "target 'delay' has 0 labelled train rows to learn from and 0 to stop on" in str(
-        caught.value
-    )
-    assert "target 'late': no train row" in str(caught.value)
+    assert "target 'delay' has 0 labelled rows to learn from and 0 to stop on" in str(caught.value)
+    assert "target 'late': no row" in str(caught.value)
 
 
 def test_a_constant_regression_target_is_refused(tmp_path):
     spoil(tmp_path, delay=pa.array([2.5] * 600))
-    with pytest.raises(DataError, match=r"target 'delay' has the one value 2.5 in all train rows"):
+    with pytest.raises(DataError, match=r"target 'delay' has the one value 2.5 in all rows learnt"):
         run(tmp_path, "baseline", tmp_path / "out")
 
 
-def test_labels_are_counted_per_fold_and_class(folder):
-    folds, counts = count_labels(open_table(folder / "reduce"))
+def plans_of(folder, *, bag="folds"):
+    table = open_table(folder / "reduce")
+    return fit_plans(
+        table.folder,
+        folder / "encode",
+        folder / "cache",
+        table.contract,
+        range(5),
+        bag=bag,
+        stop_rows="inner",
+    )
+
+
+def test_labels_are_counted_per_fit_and_class(folder):
+    plans = plans_of(folder)
+    counts = count_labels(open_table(folder / "reduce"), plans)
     table = open_table(folder / "reduce").read("train", ["fold", "class", "delay"])
     fold, labels = table["fold"].to_numpy(), np.array(table["class"].to_pylist())
-    by_hand = [[int(((fold == f) & (labels == c)).sum()) for c in "abc"] for f in range(5)]
+    of_fit_1 = {found.target.name: found for found in counts if found.fit == "fold-1"}
+    is_learnt = np.isin(fold, [0, 2, 3])  # 1 is predicted, 4 is for stopping
+    values = [v for v, use in zip(table["delay"].to_pylist(), is_learnt, strict=True) if use]
 
-    assert folds == (0, 1, 2, 3, 4)
-    assert counts[2].rows_FK.tolist() == by_hand
-    assert counts[0].rows_FK.shape == (5, 1)
-    assert counts[0].rows_FK.sum() == 600 - table["delay"].null_count
-    assert counts[0].low == min(v for v in table["delay"].to_pylist() if v is not None)
-    refuse_unlearnable(counts, 4)
+    assert len(counts) == 15
+    assert of_fit_1["class"].learnt_K.tolist() == [
+        int((is_learnt & (labels == c)).sum()) for c in "abc"
+    ]
+    assert of_fit_1["class"].held_back == (fold == 4).sum()
+    assert of_fit_1["delay"].learnt_K.tolist() == [sum(v is not None for v in values)]
+    assert of_fit_1["delay"].low == min(v for v in values if v is not None)
+    refuse_unlearnable(counts)
 
 
 def test_one_labelled_row_is_too_few(folder):
-    _, (found, *_) = count_labels(open_table(folder / "reduce"))
-    few = replace(found, rows_FK=np.array([[1], [0], [0], [0], [5]]))
-    with pytest.raises(DataError, match="has 1 labelled train rows to learn from and 5 to stop on"):
-        refuse_unlearnable((few,), 4)
+    found, *_ = count_labels(open_table(folder / "reduce"), plans_of(folder, bag="none"))
+    few = replace(found, learnt_K=np.array([1]), held_back=5)
+    with pytest.raises(DataError, match="has 1 labelled rows to learn from and 5 to stop on;"):
+        refuse_unlearnable((few,))
+
+
+def test_without_a_bag_one_model_predicts_no_train_row(folder, tmp_path):
+    run(folder, "catboost", tmp_path / "out", bag="none")
+    found = read_predictions(tmp_path / "out", DELAY)
+
+    assert load_model(tmp_path / "out").kind == "catboost"
+    assert len(found.of_split("train").row_id) == 0
+    assert set(found.folds_seen) == {(0, 1, 2, 3, 4)}
+
+
+@pytest.mark.parametrize("model", ["catboost", "nn"])
+def test_a_model_that_stops_on_valid_rows_has_seen_them(folder, tmp_path, model):
+    run(folder, model, tmp_path / "out", bag="none", stop_rows="valid")
+    _, recorder = run(folder, model, tmp_path / "again", bag="none", stop_rows="valid")
+    found = read_predictions(tmp_path / "out", DELAY)
+
+    assert set(found.folds_seen) == {(VALID_SEEN, 0, 1, 2, 3, 4)}
+    assert recorder.recorded_params["rows_learnt_from"] == 600
+    assert recorder.recorded_params["rows_held_back"] == 150
+
+
+@pytest.mark.parametrize("model", ["catboost", "nn"])
+def test_bootstrap_samples_give_another_bag(folder, tmp_path, model):
+    run(folder, model, tmp_path / "folds")
+    _, recorder = run(folder, model, tmp_path / "bootstrap", bag="bootstrap")
+    folds, bootstrap = (read_predictions(tmp_path / name, DELAY) for name in ("folds", "bootstrap"))
+    table = open_table(folder / "reduce").read("train", ["fold", "row_id"])
+    fold, row_id = table["fold"].to_numpy(), table["row_id"].to_numpy()
+    views = plans_of(folder, bag="bootstrap")[2].views
+    expected = int((np.isin(fold, [0, 1, 3]) & (views.counts(row_id) > 0)).sum())
+
+    assert not np.array_equal(folds.values, bootstrap.values)
+    assert recorder.recorded_params["fold-2/rows_learnt_from"] == expected
+    assert expected < 0.75 * np.isin(fold, [0, 1, 3]).sum()
+
+
+def test_a_run_that_is_stopped_keeps_the_fits_that_were_finished(folder, tmp_path):
+    run(folder, "nn", tmp_path / "whole")
+    recorder = HaltingRecorder(60)  # in the third fit
+    with pytest.raises(Halt):
+        run(folder, "nn", tmp_path / "cut", recorder=recorder)
+    _, again = run(folder, "nn", tmp_path / "cut")
+
+    assert [note for note in again.notes if "finished by an earlier run" in note] == [
+        "fold-0 was finished by an earlier run and is kept.",
+        "fold-1 was finished by an earlier run and is kept.",
+    ]
+    assert tree_bytes(tmp_path / "cut") == tree_bytes(tmp_path / "whole")
 
 
 def test_a_damaged_table_is_refused(tmp_path):

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from headrace.data.encoder import EncodedBatch
 from headrace.data.shards import open_shards
 from headrace.data.table import open_table
-from headrace.models.protocol import TrainViews
+from headrace.models.protocol import StopRows, TrainViews
 from headrace.params import Resources
 from headrace.record import MemoryRecorder
 from headrace.schema import Role, Target
@@ -106,7 +106,12 @@ def views_of(folder: Path) -> TrainViews:
     """Return the views of the table and shards below ``folder``; fold 4 is for stopping."""
     contract = open_table(folder / "reduce").contract
     return TrainViews(
-        folder / "reduce", folder / "encode", folder / "cache", contract, (0, 1, 2, 3, 4), 4
+        folder / "reduce",
+        folder / "encode",
+        folder / "cache",
+        contract,
+        folds=(0, 1, 2, 3, 4),
+        stop=StopRows("fold", fold=4),
     )
 
 

@@ -17,6 +17,7 @@ from headrace.models.protocol import KINDS
 from headrace.project import CODE_LOCK
 
 _EVALUATE = "data/evaluate"
+_SHA256 = "sha256:"
 _HEADER = """\
 # The pipeline: the only list of stages. `dvc repro` (or `headrace repro`) and the flow of
 # `headrace run` both read it. Code dependencies are written by `headrace upgrade`.
@@ -91,8 +92,8 @@ def code_lock_text(stages: Sequence[str]) -> str:
 
     Kinds that are not trained now are named, too, so that ``models`` can be edited freely.
     """
-    digests: dict[str, Any] = {name: code_digest(*stage_modules(name)) for name in stages}
-    digests["train"] = {name: code_digest(*stage_modules(f"train@{name}")) for name in KINDS}
+    digests: dict[str, Any] = {name: _lock_digest(name) for name in stages}
+    digests["train"] = {name: _lock_digest(f"train@{name}") for name in KINDS}
     content = {"headrace": __version__, "stages": dict(sorted(digests.items()))}
     text: str = yaml.safe_dump(content, sort_keys=False)
     return (
@@ -105,7 +106,12 @@ def locked_digest(content: Any, stage: str) -> str | None:
     found = content.get("stages") or {}
     for part in stage.split("@"):
         found = found.get(part) if isinstance(found, dict) else None
-    return found if isinstance(found, str) else None
+    return found.removeprefix(_SHA256) if isinstance(found, str) else None
+
+
+def _lock_digest(stage: str) -> str:
+    # The prefix keeps a digest such as 0b59... from being taken for a number by YAML readers.
+    return f"{_SHA256}{code_digest(*stage_modules(stage))}"
 
 
 def _stage(

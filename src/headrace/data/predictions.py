@@ -3,8 +3,9 @@
 One Parquet file per target, ``predictions/TARGET.parquet``, sorted by ``row_id``:
 ``row_id`` int64, ``fold`` int8 (null outside train), ``split``, ``model`` and ``target`` text,
 ``folds_seen`` list of int8 (folds whose train rows the model, or any model that feeds it, was
-fitted on), and the prediction: ``prediction`` float64 (the value, or the probability of
-``labels[1]``) or ``class_0`` … ``class_K-1`` for a multiclass target. Joined by ``row_id`` only.
+fitted on; -1 where it has seen the labels of valid rows), and the prediction: ``prediction``
+float64 (the value, or the probability of ``labels[1]``) or ``class_0`` … ``class_K-1`` for a
+multiclass target. Joined by ``row_id`` only.
 
 In memory nothing is a Python object per row: text and lists are codes. Reading and writing hold
 what ``bytes_held`` says, and one batch.
@@ -24,7 +25,9 @@ from headrace.errors import DataError, IntegrityError
 from headrace.schema import FOLD, ROW_ID, SPLITS, Target, file_stem
 
 FOLDER = "predictions"
+VALID_SEEN = -1  # stands among the folds seen for the valid split
 _BATCH_ROWS = 1 << 17
+_NO_FOLD = -128  # fills lists up to one length
 
 
 @dataclass(frozen=True)
@@ -191,13 +194,14 @@ def _seen_codes(lists: pa.ListArray, known: dict[tuple[int, ...], int]) -> npt.N
     """Return the code of each row's list; lists that are not ``known`` yet get the next codes."""
     lengths = lists.value_lengths().to_numpy()
     flat = lists.flatten().to_numpy()
-    padded = np.full((len(lists), lengths.max(initial=1)), -1, np.int8)
+    padded = np.full((len(lists), lengths.max(initial=1)), _NO_FOLD, np.int8)
     padded[np.arange(padded.shape[1]) < lengths[:, None]] = flat
     starts = np.flatnonzero(np.r_[True, (padded[1:] != padded[:-1]).any(axis=1)])
     # Neighbours are mostly alike; the runs that are not are told apart by their content.
     runs, run_of = np.unique(padded[starts], axis=0, return_inverse=True)
     codes = np.array(
-        [known.setdefault(tuple(run[run >= 0].tolist()), len(known)) for run in runs], np.int32
+        [known.setdefault(tuple(run[run != _NO_FOLD].tolist()), len(known)) for run in runs],
+        np.int32,
     )
     run_lengths = np.diff(np.r_[starts, len(lists)])
     return np.repeat(codes[run_of.reshape(-1)], run_lengths)

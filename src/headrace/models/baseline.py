@@ -154,7 +154,7 @@ def fit(
 
     shards = open_shards(views.encoded, "train", contract_digest=views.contract.digest)
     targets = views.contract.targets
-    rows = np.isin(shards.read("fold"), views.folds)
+    rows = views.is_allowed(shards.read("fold"))
     moments = [_moments(shards, rows, j, target) for j, target in enumerate(targets)]
     config = _Config(
         kind=params.kind,

@@ -32,6 +32,7 @@ import pyarrow as pa
 from pydantic import Field, ValidationError
 
 from headrace.data.cache import cached_frame
+from headrace.data.draws import is_sampled
 from headrace.data.table import Table, open_table
 from headrace.errors import (
     DataError,
@@ -43,7 +44,7 @@ from headrace.errors import (
     nearest,
 )
 from headrace.memory import format_bytes
-from headrace.models.protocol import TrainViews, Values
+from headrace.models.protocol import FitParams, TrainViews, Values
 from headrace.params import Bytes, Resources, Section
 from headrace.record import Recorder
 from headrace.schema import FOLD, ROW_ID, Contract, Target, encode_target, file_stem, label_text
@@ -67,7 +68,7 @@ _CURVE_POINTS = 200  # of a learning curve that are recorded, at most
 _LOSS = {"regression": "RMSE", "binary": "Logloss", "multiclass": "MultiClass"}
 
 
-class CatboostParams(Section):
+class CatboostParams(FitParams):
     """Section ``train.catboost`` of params.yaml; what is absent is the library's own choice."""
 
     seed: Annotated[int, Field(ge=0)] = 0
@@ -167,7 +168,7 @@ def fit(
     resources: Resources,
     recorder: Recorder,
 ) -> CatboostModel:
-    """Fit one model per target; stop each on ``views.stop_fold`` and keep its best iteration.
+    """Fit one model per target; stop each on the rows held back and keep its best iteration.
 
     Raises:
         ResourceError: if the pool will not fit ``resources.memory_budget``, with the figure needed.
@@ -253,16 +254,6 @@ def rows_to_learn_from(
     return fitting
 
 
-def is_sampled(row_id: npt.NDArray[np.int64], share: float, *, seed: int) -> npt.NDArray[np.bool_]:
-    """Return which rows a sample of about ``share`` keeps; a hash of id and seed decides."""
-    mixed = row_id.astype(np.uint64) + np.uint64((seed * 0x9E3779B97F4A7C15) % (1 << 64))
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
-    mixed ^= mixed >> np.uint64(31)
-    keep: npt.NDArray[np.bool_] = (mixed >> np.uint64(11)) < share * (1 << 53)
-    return keep
-
-
 def inputs_of_table(rows: pa.Table, features: Sequence[str], categories: Sequence[str]) -> Frame:
     """Return the input columns as CatBoost wants them: float32, or categories of text.
 
@@ -325,13 +316,24 @@ def _read_rows(
         read = _read_sample(table, columns, share=num_rows / total, seed=params.seed)
     else:
         read = _read_whole(table, columns, views.cache, recorder)
+    num_train = read.num_rows
+    if views.stop.kind == "valid":
+        valid = table.read("valid", columns)
+        read = pa.concat_tables([read, valid], promote_options="permissive").unify_dictionaries()
     fold = read[FOLD].fill_null(-1).to_numpy()
+    row_id = read[ROW_ID].to_numpy()
+    importance = read[weight].cast(pa.float64()).to_numpy() if weight else None
+    if views.draw is not None:
+        counts = np.where(np.arange(len(fold)) < num_train, views.counts(row_id), 1)
+        importance = counts * (1.0 if importance is None else importance)
     return _TrainRows(
         inputs=inputs_of_table(read, contract.features, contract.named("category")),
         labels={t.name: encode_target(read[t.name], t) for t in contract.targets},
-        weight=read[weight].cast(pa.float64()).to_numpy() if weight else None,
-        learn=np.isin(fold, views.learn_folds),
-        stop=fold == views.stop_fold,
+        weight=importance,
+        learn=views.is_learnt(fold, row_id),
+        stop=np.arange(len(fold)) >= num_train
+        if views.stop.kind == "valid"
+        else views.is_stop(fold, row_id),
     )
 
 
@@ -566,13 +568,11 @@ def _refuse_small_memory(
 def _signature(params: CatboostParams, views: TrainViews, num_rows: int, task_type: str) -> str:
     """Name the folder of snapshots by all that the trees depend on."""
     chosen = params.model_dump(mode="json", exclude={"checkpoint_minutes", "threads"})
-    folds = [list(views.learn_folds), views.stop_fold]
     text = canonical_json(
         {
             "params": chosen,
             "contract": views.contract.digest,
-            "folds": folds,
-            "rows": num_rows,
+            "rows": {**views.described, "sampled": num_rows},
             "device": task_type,
         }
     )

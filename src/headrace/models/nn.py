@@ -1,7 +1,7 @@
 """Kind ``nn``: one network for all targets, trained from encoded shards.
 
 Only the section and the two entries of the protocol are here, so that reading params.yaml loads no
-torch; the network itself is in ``multihead``. Memory does not grow with the inputs: batches come
+torch; the network itself is in ``mlp``. Memory does not grow with the inputs: batches come
 from the shards on disk. Weights depend on ``threads``, which is why it is a parameter and no
 resource.
 
@@ -17,18 +17,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from headrace.models.network_params import NetworkParams
 from headrace.models.protocol import TrainViews
 from headrace.params import Resources
 from headrace.record import Recorder
-from headrace.training.params import TrainingParams
 
 if TYPE_CHECKING:
-    from headrace.models.multihead import MultiHeadLearner, MultiHeadModel, Trunk
+    from headrace.models.mlp import MlpDesign
+    from headrace.models.network import NetworkLearner, NetworkModel
 
 Width = Annotated[int, Field(ge=1, le=65_536)]
 
 
-class NnParams(TrainingParams):
+class NnParams(NetworkParams):
     """Section ``train.nn`` of params.yaml: the network's shape, and how it is trained."""
 
     hidden_sizes: Annotated[tuple[Width, ...], Field(strict=False, min_length=1)] = (256, 128)
@@ -36,9 +37,6 @@ class NnParams(TrainingParams):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.3
     batch_norm: bool = False
     embedding_size: Annotated[int, Field(ge=1, le=4096)] = 8  # at most, per category
-    # Factor of each target's loss in the total; a target that is not named has 1.
-    target_weights: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
-    stop_on: str = "loss"  # early stopping looks at the total, or at the loss of this target
 
 
 def fit(
@@ -48,66 +46,55 @@ def fit(
     checkpoints: Path,
     resources: Resources,
     recorder: Recorder,
-) -> "MultiHeadModel":
-    """Train the network on ``views.learn_folds``; stop on ``views.stop_fold``; keep the best.
+) -> "NetworkModel":
+    """Train the network on the rows ``views`` allows; keep the weights of the best epoch.
 
     Raises:
-        ConfigError: if ``stop_on`` or ``target_weights`` names no target.
+        ConfigError: if a setting names no target.
         DataError: if a loss is not finite, with row ids.
         DependencyError: if the device asked for is not there.
     """
-    from headrace.models.multihead import fit_multihead
+    from headrace.models.network import fit_network
 
-    return fit_multihead(
+    return fit_network(
         views,
         params,
-        trunk=_trunk(params),
-        embedding_size=params.embedding_size,
-        target_weights=params.target_weights,
-        stop_on=params.stop_on,
+        _design(params),
         checkpoints=checkpoints,
         resources=resources,
         recorder=recorder,
     )
 
 
-def open_learner(
-    views: TrainViews, params: NnParams, *, resources: Resources
-) -> "MultiHeadLearner":
+def open_learner(views: TrainViews, params: NnParams, *, resources: Resources) -> "NetworkLearner":
     """Return what ``fit`` trains, before its first step, for a measurement of the loop.
 
     Raises:
-        ConfigError: if ``stop_on`` or ``target_weights`` names no target.
+        ConfigError: if a setting names no target.
         DependencyError: if the device asked for is not there.
     """
-    from headrace.models.multihead import open_multihead
+    from headrace.models.network import open_network
     from headrace.training.device import pick_device
 
-    return open_multihead(
-        views,
-        params,
-        trunk=_trunk(params),
-        embedding_size=params.embedding_size,
-        target_weights=params.target_weights,
-        stop_on=params.stop_on,
-        device=pick_device(params.device),
-        resources=resources,
-    )
+    device = pick_device(params.device)
+    return open_network(views, params, _design(params), device=device, resources=resources)
 
 
-def load(folder: Path, description: Mapping[str, Any]) -> "MultiHeadModel":
+def load(folder: Path, description: Mapping[str, Any]) -> "NetworkModel":
     """Read back what ``save`` wrote."""
-    from headrace.models.multihead import load_multihead
+    from headrace.models.mlp import MlpDesign
+    from headrace.models.network import load_network
 
-    return load_multihead(folder, description)
+    return load_network(folder, description, MlpDesign)
 
 
-def _trunk(params: NnParams) -> "Trunk":
-    from headrace.models.multihead import Trunk
+def _design(params: NnParams) -> "MlpDesign":
+    from headrace.models.mlp import MlpDesign
 
-    return Trunk(
+    return MlpDesign(
         hidden_sizes=params.hidden_sizes,
         activation=params.activation,
         dropout=params.dropout,
         batch_norm=params.batch_norm,
+        embedding_size=params.embedding_size,
     )

@@ -8,13 +8,14 @@ A kind is one module with a params section and two functions, ``fit`` and ``load
 2. add ``"NAME": Kind("headrace.models.NAME", "NameParams")`` below.
 
 ``fit`` learns every target of the contract from the rows that its ``TrainViews`` allows, and from
-no others: early stopping is judged on an inner part of train. A fitted model reads either encoded
-batches (networks, linear models) or rows of the reduced table (trees), and says which. Modules are
-imported when a kind is used, so listing kinds loads neither torch nor catboost.
+no others: early stopping is judged on an inner part of train. The stage ``train`` calls it once per
+fold and makes a bag of the fitted models; a kind knows nothing of that. A fitted model reads either
+encoded batches (networks, linear models) or rows of the reduced table (trees), and says which.
+Modules are imported when a kind is used, so listing kinds loads neither torch nor catboost.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, cast
@@ -23,7 +24,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from headrace.errors import ConfigError, DataError, IntegrityError, nearest
+from headrace.data.draws import bootstrap_counts, is_sampled
+from headrace.errors import ConfigError, IntegrityError, nearest
 from headrace.params import Resources, Section
 from headrace.record import Recorder
 from headrace.schema import Contract
@@ -54,12 +56,39 @@ KINDS: Mapping[str, Kind] = {
 }
 
 
+class FitParams(Section):
+    """What the section of every kind that stops early says about the rows it is fitted on."""
+
+    # folds: a model per fold, fitted on the other folds, predicts the rows of its own; valid and
+    # test rows get the mean of all. bootstrap: the same, each model on a bootstrap sample of the
+    # other folds. none: one model, and no predictions of train rows.
+    bag: Literal["folds", "bootstrap", "none"] = "folds"
+    # Where early stopping looks. valid: the protocol of published tables; such a model has seen
+    # the labels of valid rows, so it cannot be stacked or chosen by them.
+    stop_rows: Literal["inner", "valid"] = "inner"
+
+
+@dataclass(frozen=True)
+class StopRows:
+    """The rows on which early stopping is judged; their labels set no weights.
+
+    ``fold``: all rows of this fold. ``share``: this share of the rows of all folds, by a hash of
+    their id and ``seed``. ``valid``: the valid split.
+    """
+
+    kind: Literal["fold", "share", "valid"]
+    fold: int = -1
+    share: float = 0.0
+    seed: int = 0
+
+
 @dataclass(frozen=True)
 class TrainViews:
     """What a fit may look at: the train rows of some folds, encoded or as a table.
 
-    ``stop_fold`` is one of ``folds``: the inner part on which early stopping is judged. A kind that
-    does not stop early learns from all of ``folds``; the others from ``learn_folds``.
+    A kind that does not stop early learns from all rows of ``folds``; the others from those that
+    are not ``stop`` rows. ``draw`` is the seed of a bootstrap sample of the rows learnt from; None
+    for each of them once.
     """
 
     table: Path  # data/reduce
@@ -67,12 +96,45 @@ class TrainViews:
     cache: Path
     contract: Contract
     folds: tuple[int, ...]
-    stop_fold: int
+    stop: StopRows
+    draw: int | None = None
+
+    def is_allowed(self, fold: npt.NDArray[np.int8]) -> npt.NDArray[np.bool_]:
+        """Return which train rows may be used at all, by their fold."""
+        allowed: npt.NDArray[np.bool_] = np.isin(fold, self.folds)
+        return allowed
+
+    def is_stop(
+        self, fold: npt.NDArray[np.int8], row_id: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.bool_]:
+        """Return which train rows early stopping is judged on; none where it looks at valid."""
+        is_stop = np.zeros(len(fold), bool)
+        if self.stop.kind == "fold":
+            is_stop = self.is_allowed(fold) & (fold == self.stop.fold)
+        elif self.stop.kind == "share":
+            drawn = is_sampled(row_id, self.stop.share, seed=self.stop.seed)
+            is_stop = self.is_allowed(fold) & drawn
+        return is_stop
+
+    def is_learnt(
+        self, fold: npt.NDArray[np.int8], row_id: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.bool_]:
+        """Return which train rows set the weights of a model that stops early."""
+        is_learnt: npt.NDArray[np.bool_] = self.is_allowed(fold) & ~self.is_stop(fold, row_id)
+        if self.draw is not None:
+            is_learnt &= self.counts(row_id) > 0
+        return is_learnt
+
+    def counts(self, row_id: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return how often each row counts among those learnt from: 1, or its bootstrap draws."""
+        if self.draw is None:
+            return np.ones(len(row_id), np.int64)
+        return bootstrap_counts(row_id, seed=self.draw)
 
     @property
-    def learn_folds(self) -> tuple[int, ...]:
-        """The folds whose labels set the model's weights."""
-        return tuple(fold for fold in self.folds if fold != self.stop_fold)
+    def described(self) -> dict[str, Any]:
+        """The rows in JSON values: what a checkpoint must agree with."""
+        return {"folds": list(self.folds), "stop": asdict(self.stop), "draw": self.draw}
 
 
 class FittedModel(Protocol):
@@ -161,11 +223,13 @@ def save_model(model: FittedModel, folder: Path, contract: Contract) -> None:
     native = folder / NATIVE
     native.mkdir(parents=True)
     model.save(native)
+    members = getattr(model, "members", None)
     write_json(
         folder / MODEL_JSON,
         {
-            "format": 1,
+            "format": 2,
             "kind": model.kind,
+            "members": None if members is None else list(members),
             "inputs": model.inputs,
             "targets": [target.model_dump(mode="json") for target in contract.targets],
             "contract": contract.digest,
@@ -182,27 +246,24 @@ def load_model(folder: Path) -> FittedModel:
     """
     description = read_json(folder / MODEL_JSON)
     found = description.get("format") if isinstance(description, dict) else None
-    if found != 1 or description.get("kind") not in KINDS:
+    if found != 2 or description.get("kind") not in KINDS:
         raise IntegrityError(
             f"{folder / MODEL_JSON} has format {found!r} and kind "
             f"{description.get('kind') if isinstance(description, dict) else None!r}; this "
-            f"headrace reads format 1 of the kinds {', '.join(KINDS)}"
+            f"headrace reads format 2 of the kinds {', '.join(KINDS)}"
         )
-    return kind_module(description["kind"]).load(folder / NATIVE, description)
+    kind, native = kind_module(description["kind"]), folder / NATIVE
+    if description["members"] is None:
+        return kind.load(native, description)
+    from headrace.models.bagging import BaggedModel
 
-
-def choose_stop_fold(folds: Sequence[int]) -> int:
-    """Return the fold held back for early stopping: the last one, the latest rows of a time split.
-
-    Raises:
-        DataError: if there are fewer than two folds, so that nothing would be left to learn from.
-    """
-    if len(folds) < 2:
-        raise DataError(
-            f"the train rows have the folds {list(folds)}, but early stopping needs at least two: "
-            f"one to stop on and one to learn from; set `extract.split.folds` to 2 or more"
-        )
-    return max(folds)
+    summaries = description["summary"]
+    return BaggedModel(
+        {
+            name: kind.load(native / name, {**description, "summary": summaries[name]})
+            for name in description["members"]
+        }
+    )
 
 
 def _kind(name: str) -> Kind:

@@ -13,6 +13,7 @@ import numpy as np
 from pydantic import Field
 
 from headrace.data.predictions import (
+    VALID_SEEN,
     Predictions,
     bytes_held,
     merge_seen,
@@ -28,7 +29,7 @@ from headrace.evaluation.selection import STACK, Choice, choice_json, choose, mi
 from headrace.memory import format_bytes
 from headrace.params import Resources, Section
 from headrace.record import Recorder
-from headrace.schema import Contract, Target
+from headrace.schema import SPLITS, Contract, Target
 from headrace.storage import new_folder, verify_folder, write_json
 
 SELECTION = "selection.json"
@@ -166,16 +167,18 @@ def _bytes_needed(num_rows: int, members: Mapping[str, Path], target: Target) ->
 
 def _refuse_seen(name: str, predictions: Predictions) -> None:
     is_seen = np.zeros(len(predictions.row_id), dtype=bool)
+    is_valid = predictions.split == SPLITS.index("valid")
     for code, folds in enumerate(predictions.folds_seen):
-        for fold in folds:  # rows outside train have fold -1, which no model sees
-            is_seen |= (predictions.seen == code) & (predictions.fold == fold)
+        for fold in folds:
+            is_of_fold = is_valid if fold == VALID_SEEN else predictions.fold == fold
+            is_seen |= (predictions.seen == code) & is_of_fold
     seen = np.flatnonzero(is_seen)
     if len(seen):
         row_ids = [str(predictions.row_id[i]) for i in seen[:5]]
         raise DataError(
             f"model {name!r}, target {predictions.target!r}: {len(seen)} predictions are of rows "
-            f"that it was fitted on, first row ids {row_ids}; only out-of-fold predictions of "
-            f"train rows may be blended"
+            f"that it was fitted on or stopped on, first row ids {row_ids}; only rows that a model "
+            f"has not seen may be blended: set `train.{name}.stop_rows` to inner if it is valid"
         )
 
 

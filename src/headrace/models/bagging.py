@@ -1,0 +1,113 @@
+"""Bagging: which rows each model of a bag is fitted on, and their mean as one model.
+
+By default each fold gets a model fitted on the other folds. It predicts the rows of its own fold,
+so every train row has a prediction by a model that has not seen it (out-of-fold); rows outside
+train get the mean of all models. A bag therefore reads like one model wherever models are used.
+
+Within the rows it is fitted on, each model holds some back for early stopping, never those it is
+scored on: the last fold of a time split, a whole fold of a grouped one, else a tenth of the rows by
+a hash of their id, another tenth for each model so that the bag learns from every row. Source of
+the scheme: Breiman 1996, "Bagging Predictors"; "cross-validated committees", Parmanto et al. 1996.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from headrace.errors import DataError
+from headrace.models.protocol import FittedModel, StopRows, TrainViews, Values
+from headrace.schema import Contract
+
+if TYPE_CHECKING:
+    from headrace.data.encoder import EncodedBatch
+
+Bag = Literal["folds", "bootstrap", "none"]
+
+_STOP_SHARE = 0.1
+# Seeds of the hashes: apart from each other and from those of a model's own samples.
+_STOP_SEED, _DRAW_SEED = 1_000_003, 2_000_003
+
+
+@dataclass(frozen=True)
+class FitPlan:
+    """One fit of a bag: its name, the rows it may look at, and the fold that it predicts."""
+
+    name: str  # of its folder; empty for a model that is no bag
+    views: TrainViews
+    scored: int | None  # None: no train row
+
+
+class BaggedModel:
+    """Models of one kind, fitted on different rows; the prediction is their mean."""
+
+    def __init__(self, members: Mapping[str, FittedModel]) -> None:
+        self.members = dict(members)
+        first = next(iter(self.members.values()))
+        self.kind = first.kind
+        self.inputs = first.inputs
+
+    @property
+    def summary(self) -> Mapping[str, Any]:
+        """What each member says, by its name."""
+        return {name: dict(member.summary) for name, member in self.members.items()}
+
+    def predict(self, rows: "EncodedBatch | pa.Table") -> Values:
+        """Return the mean of the members' values or probabilities; see ``FittedModel``."""
+        told = [member.predict(rows) for member in self.members.values()]
+        return {target: np.mean([one[target] for one in told], axis=0) for target in told[0]}
+
+    def save(self, folder: Path) -> None:
+        """Write each member into a folder of its own."""
+        for name, member in self.members.items():
+            (folder / name).mkdir()
+            member.save(folder / name)
+
+
+def fit_plans(
+    table: Path,
+    encoded: Path,
+    cache: Path,
+    contract: Contract,
+    folds: Sequence[int],
+    *,
+    bag: Bag,
+    stop_rows: Literal["inner", "valid"],
+) -> tuple[FitPlan, ...]:
+    """Return the fits that make one model of ``folds``, the folds that train rows have.
+
+    Raises:
+        DataError: if there are too few folds to hold any back.
+    """
+    by_fold = contract.split is None or contract.split.kind in ("time", "grouped")
+    least = 1 + (bag != "none") + (by_fold and stop_rows == "inner")
+    if len(folds) < least:
+        raise DataError(
+            f"the train rows have the folds {list(folds)}, but a model needs at least {least}: one "
+            f"to learn from{', one to stop on' if by_fold and stop_rows == 'inner' else ''}"
+            f"{', one to predict' if bag != 'none' else ''}; set `extract.folds` to {least} or more"
+        )
+
+    def views(allowed: tuple[int, ...], number: int) -> TrainViews:
+        stop = _stop_rows(contract, allowed, number) if stop_rows == "inner" else StopRows("valid")
+        draw = _DRAW_SEED + number if bag == "bootstrap" else None
+        return TrainViews(table, encoded, cache, contract, allowed, stop, draw)
+
+    if bag == "none":
+        return (FitPlan("", views(tuple(folds), 0), None),)
+    return tuple(
+        FitPlan(f"fold-{fold}", views(tuple(f for f in folds if f != fold), fold), fold)
+        for fold in folds
+    )
+
+
+def _stop_rows(contract: Contract, allowed: tuple[int, ...], number: int) -> StopRows:
+    kind = None if contract.split is None else contract.split.kind
+    if kind in (None, "time"):
+        return StopRows("fold", fold=max(allowed))
+    if kind == "grouped":
+        return StopRows("fold", fold=allowed[number % len(allowed)])
+    return StopRows("share", share=_STOP_SHARE, seed=_STOP_SEED + number)

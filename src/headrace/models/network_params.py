@@ -1,0 +1,21 @@
+"""The settings that all kinds of networks share, in a module that loads no torch."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from headrace.models.protocol import FitParams
+from headrace.training.params import TrainingParams
+
+
+class NetworkParams(TrainingParams, FitParams):
+    """What the section of every kind of network has; the kind adds its own shape to it."""
+
+    # Factor of each target's loss in the total; a target that is not named has 1.
+    target_weights: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    stop_on: str = "loss"  # early stopping looks at the total, or at the loss of this target
+    # Regression targets whose predictions never leave [low, high], by a sigmoid a little wider
+    # than that: for ratings, say.
+    output_range: dict[str, Annotated[tuple[float, float], Field(strict=False)]] = Field(
+        default_factory=dict
+    )
