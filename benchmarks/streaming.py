@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks import _device, _diagnose, _fresh, _quality, _resume
+from benchmarks import _device, _diagnose, _fresh, _resume, _window_quality
 from benchmarks._folders import Folders, flights, synthetic
 from benchmarks._peers import (
     BATCH_ROWS,
@@ -236,7 +236,7 @@ def main() -> int:
         rows += parquet_rows(large, repeats)
         rows += fresh_rows(small, large, repeats)
     rows += flights_rows(repeats)
-    rows += _quality.rows(args.quick)
+    rows += _window_quality.rows(args.quick)
     rows += others_rows(args.quick)
     return report(rows, args)
 
