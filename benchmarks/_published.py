@@ -1,6 +1,6 @@
 """California housing and Adult with the splits of the published tables, as the stages' folders.
 
-California comes from HEADRACE_TEST_DATA (default ``../shared/data`` beside the repository), Adult
+California comes from HEADRACE_SHARED_DATA (default ``../shared/data`` beside the repository), Adult
 from ``examples/adult``. Each set has variants with another choice of targets: a column that is a
 target in one of them is an input in none, so that networks with one and two heads see the same
 inputs.
@@ -73,7 +73,7 @@ class Case:
 def _california(case: Case) -> ExtractParams:
     """Write the published arrays as one file; the split is a column of it."""
     default = _REPOSITORY.parent / "shared" / "data"
-    source = Path(os.environ.get("HEADRACE_TEST_DATA", default)) / "california_housing"
+    source = Path(os.environ.get("HEADRACE_SHARED_DATA", default)) / "california_housing"
     parts = []
     for split, name in (("train", "train"), ("valid", "val"), ("test", "test")):
         numbers = np.load(source / f"N_{name}.npy")

@@ -1,6 +1,6 @@
 """Do the default models reach published tables? One row per claim, means of three seeds.
 
-Data: California housing (HEADRACE_TEST_DATA, default ../shared/data) and Adult (examples/adult),
+Data: California housing (HEADRACE_SHARED_DATA, default ../shared/data) and Adult (examples/adult),
 with the splits of the published tables. Rows named *alone* follow their protocol: one model, early
 stopping on valid rows. Everything else is the default: a bag over five folds, stopped on an inner
 part of train, stacked by out-of-fold predictions. ``--quick`` is one seed. Fitted models are kept

@@ -123,10 +123,26 @@ def test_a_given_checkpoint_of_another_key_is_refused(tmp_path):
         ask(tmp_path, entry(nn={"learning_rate": 0.01}), resume=other)
 
     assert str(caught.value) == (
-        f"--resume {other} is refused, for it belongs to another stage key: parameter "
+        f"--resume {other / NEWEST} is refused, for it belongs to another stage key: parameter "
         f"train.nn.learning_rate 0.001 → 0.01. Undo that, or run without --resume to start fresh"
     )
     assert not list(other.parent.rglob(GIVEN))
+
+
+@pytest.mark.parametrize("given", ["", "fold-1", f"fold-1/{NEWEST}"])
+def test_a_given_checkpoint_of_a_bag_brings_the_fits_that_are_finished(tmp_path, given):
+    there = tmp_path / "kept"
+    shutil.copytree(leave(tmp_path), there)
+    (there / "fold-0" / "fitted").mkdir(parents=True)
+    (there / "fold-0" / "fitted" / "model.json").write_text("whole")
+    (there / "fold-1").mkdir()
+    shutil.move(there / NEWEST, there / "fold-1" / NEWEST)
+    folder, warnings = ask(tmp_path, resume=there / given)
+
+    assert warnings == []
+    assert (folder / "fold-0" / "fitted" / "model.json").read_text() == "whole"
+    assert (folder / "fold-1" / GIVEN).read_bytes() == (there / "fold-1" / NEWEST).read_bytes()
+    assert not (folder / GIVEN).exists()
 
 
 def test_a_given_checkpoint_must_be_there_and_have_its_key(tmp_path):

@@ -6,6 +6,9 @@ that finds only checkpoints of another key can say what differs. Of those other 
 stays, for whoever tries a parameter and goes back; the rest is removed when a run starts, and all
 of them when the stage has finished. A folder whose name is no key was put there by hand: it is left
 alone, and so is the one that ``--resume`` names.
+
+A bag has a folder per fit below that of the key: checkpoints of the fit that runs, ``fitted`` of
+those that are finished.
 """
 
 import re
@@ -75,9 +78,9 @@ def checkpoint_folder(
         ConfigError: if ``resume`` is missing, without a key, or of another key, with what differs.
     """
     folder = own_folder(project, stage, entry)
-    given = None if resume is None else _given_file(resume, entry)
+    given = None if resume is None else _given_file(resume)
     if given is not None:
-        _import(given, folder)  # before anything is removed
+        _import(given, _require_key(given, entry), folder)  # before anything is removed
     newest = _keep_newest_other(folder, given)
     if given is None and newest is not None and not _files(folder):
         key = _read_key(newest)
@@ -112,37 +115,59 @@ def require_resumable(stage: str, resumable: list[str]) -> None:
         raise ConfigError(f"stage {stage} does not take a checkpoint with --resume; {known}")
 
 
-def _given_file(resume: Path, entry: Mapping[str, Any]) -> Path:
+def _given_file(resume: Path) -> Path:
     from headrace.training.checkpoint import BEFORE, NEWEST
 
-    names = [resume / NEWEST, resume / BEFORE] if resume.is_dir() else [resume]
-    path = next((path for path in names if path.is_file()), None)
+    paths = [resume]
+    if resume.is_dir():
+        paths = [resume / NEWEST, *resume.glob(f"*/{NEWEST}"), resume / BEFORE]
+        paths += resume.glob(f"*/{BEFORE}")
+    path = next((path for path in paths if path.is_file()), None)
     if path is None:
         lacks = f"holds neither {NEWEST} nor {BEFORE}" if resume.is_dir() else "is not there"
         raise ConfigError(f"--resume {resume} {lacks}; give a checkpoint or the folder of one")
-    found = _read_key(path.parent)
+    return path
+
+
+def _require_key(given: Path, entry: Mapping[str, Any]) -> Path:
+    """Return the folder of the key that the checkpoint belongs to, which must be that of ``entry``.
+
+    It is the checkpoint's own folder, or in a bag the one above.
+    """
+    folder = given.parent if (given.parent / KEY).exists() else given.parent.parent
+    found = _read_key(folder)
     if found is None:
         raise ConfigError(
-            f"--resume {resume} is refused: {_UNKNOWN}; give a checkpoint together with the {KEY} "
+            f"--resume {given} is refused: {_UNKNOWN}; give a checkpoint together with the {KEY} "
             f"of the folder it was written to, or run without --resume to start fresh"
         )
     if found["stage"] != entry["stage"]:
         raise ConfigError(
-            f"--resume {resume} is refused: it is of stage {found['stage']}, not {entry['stage']}"
+            f"--resume {given} is refused: it is of stage {found['stage']}, not {entry['stage']}"
         )
     if differs := _differences(found, entry):
         raise ConfigError(
-            f"--resume {resume} is refused, for it belongs to another stage key: {differs}. Undo "
+            f"--resume {given} is refused, for it belongs to another stage key: {differs}. Undo "
             f"that, or run without --resume to start fresh"
         )
-    return path
+    return folder
 
 
-def _import(given: Path, folder: Path) -> None:
+def _import(given: Path, source: Path, folder: Path) -> None:
+    """Copy the checkpoint, and the fits of its bag that are finished, from ``source``."""
+    from headrace.stages.train import FITTED
     from headrace.training.checkpoint import GIVEN
 
-    with given.open("rb") as source, new_file(folder / GIVEN) as target:
-        shutil.copyfileobj(source, target)
+    target = folder / given.parent.relative_to(source) / GIVEN
+    with given.open("rb") as read, new_file(target) as write:
+        shutil.copyfileobj(read, write)
+    for fitted in source.glob(f"*/{FITTED}"):
+        own = folder / fitted.relative_to(source)
+        if not own.exists():
+            half = own.with_name(f".new-{FITTED}")
+            shutil.rmtree(half, ignore_errors=True)
+            shutil.copytree(fitted, half)
+            half.rename(own)
 
 
 def _read_key(folder: Path) -> Mapping[str, Any] | None:

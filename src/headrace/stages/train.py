@@ -8,6 +8,7 @@ single class) is refused before anything is fitted.
 A finished fit is kept with the checkpoints, so a run that is killed goes on with the next one.
 """
 
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 PREDICTED_SPLITS = ("valid", "test")
 _BATCH_ROWS = 65_536
-_FITTED = "fitted"  # below a fit's checkpoints: the finished model
+FITTED = "fitted"  # below a fit's checkpoints: the finished model
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def _fit_all(
     for place, plan in enumerate(plans):
         own = checkpoints / plan.name if plan.name else checkpoints
         told = _FitRecorder(recorder, plan.name, place, len(plans)) if plan.name else recorder
-        finished = own / _FITTED
+        finished = own / FITTED
         if _is_finished(finished, model):
             fitted = load_model(finished)
             recorder.note(f"{plan.name or model} was finished by an earlier run and is kept.")
@@ -171,8 +172,18 @@ def _fit_all(
             if plan.name and _is_first_rank(model):
                 with new_folder(finished) as folder:
                     save_model(fitted, folder, table.contract)
+                _remove_others(own, finished)
         fits.append((plan, fitted))
     return fits
+
+
+def _remove_others(folder: Path, kept: Path) -> None:
+    """Remove the checkpoints of a fit whose model is kept."""
+    for path in folder.iterdir():
+        if path.is_dir() and path != kept:
+            shutil.rmtree(path)
+        elif path.is_file():
+            path.unlink()
 
 
 def _is_finished(folder: Path, model: str) -> bool:
