@@ -2,7 +2,8 @@
 
 Two passes over the table: one over train rows to fit, one over train, valid and test to write.
 The gap between the splits is for nobody and is not encoded. Train rows without any label are left
-out and counted: nothing can be learned from them. Memory is one batch and the quantile sample.
+out and counted: nothing can be learned from them. An input that alone gives a target away is named,
+or refused (``leaks``). Memory is one batch, the quantile sample and the sample looked at for leaks.
 """
 
 import errno
@@ -16,8 +17,10 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from headrace.data.encoder import Encoder, encode_batches, fit_encoder
+from headrace.data.draws import is_sampled
+from headrace.data.encoder import EncodedBatch, Encoder, encode_batches, fit_encoder
 from headrace.data.layout import NumericDtype
+from headrace.data.leaks import SAMPLE_ROWS, suspicious_columns
 from headrace.data.shards import (
     SHARD_SPLITS,
     ShardSchema,
@@ -48,6 +51,8 @@ class EncodeParams(Section):
     # What numbers are stored as. float16 halves their bytes; the largest error is in shards.json.
     numeric: Literal["float32", "float16"] = "float32"
     seed: Annotated[int, Field(ge=0)] = 0  # of the drawn rows
+    # What to do about an input whose ROC-AUC or R² alone is above 0.999 (see data.leaks)
+    leaks: Literal["warn", "stop", "allow"] = "warn"
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,7 @@ class _Written:
     num_done: int = 0
     num_infinite: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)
     worst: list[npt.NDArray[np.float64]] = field(default_factory=list)  # (N,) of each split
+    looked_at: list[EncodedBatch] = field(default_factory=list)  # train rows, for leaks
 
 
 def encode(
@@ -118,6 +124,7 @@ def encode(
                 recorder.progress(written.num_done, total, unit="rows", detail=split)
             schema = _completed(schema, params, written)
             write_schema(folder, schema)
+            _look_for_leaks(encoder, written, params, recorder)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -162,6 +169,7 @@ def _write_split(
                 has_label = ~np.isnan(batch.targets).all(axis=1)
                 written.num_unlabelled += len(batch) - int(has_label.sum())
                 batch = batch if has_label.all() else batch.where(np.flatnonzero(has_label))
+                written.looked_at.append(_drawn(batch, table.num_rows("train"), params.seed))
             writer.append(batch)
     if split == "train" and not writer.sizes:
         raise DataError(
@@ -171,6 +179,41 @@ def _write_split(
     written.sizes[split] = tuple(writer.sizes)
     written.num_infinite[split] = num_infinite
     written.worst.append(writer.worst)
+
+
+def _drawn(batch: EncodedBatch, num_rows: int, seed: int) -> EncodedBatch:
+    """Return copies of the rows of a train batch that are looked at for leaks."""
+    share = min(1.0, SAMPLE_ROWS / max(1, num_rows))
+    return batch.where(np.flatnonzero(is_sampled(batch.row_id, share, seed=seed)))
+
+
+def _look_for_leaks(
+    encoder: Encoder, written: _Written, params: EncodeParams, recorder: Recorder
+) -> None:
+    """Name or refuse inputs that give a target away.
+
+    Raises:
+        DataError: if there are some and `encode.leaks` is stop.
+    """
+    if params.leaks == "allow":
+        return
+    drawn = written.looked_at
+    found = suspicious_columns(
+        EncodedBatch(np.concatenate([batch.packed for batch in drawn]), drawn[0].layout),
+        numeric=encoder.numeric,
+        categories=[category.name for category in encoder.categories],
+        targets=encoder.targets,
+    )
+    if not found:
+        return
+    message = (
+        f"{'; '.join(map(str, found))}. It may be the answer itself, which is not known when "
+        f"predicting: set `extract.columns.{found[0].column}.role` to ignore, or `encode.leaks` to "
+        f"allow if it is"
+    )
+    if params.leaks == "stop":
+        raise DataError(message)
+    recorder.warn(message)
 
 
 def _completed(schema: ShardSchema, params: EncodeParams, written: _Written) -> ShardSchema:
@@ -187,7 +230,7 @@ def _completed(schema: ShardSchema, params: EncodeParams, written: _Written) -> 
 
 def _refuse_small_memory(table: Table, params: EncodeParams, resources: Resources) -> None:
     columns = len(table.contract.columns)
-    sample = min(params.quantile_rows, table.num_rows("train")) * columns * 8
+    sample = min(params.quantile_rows + SAMPLE_ROWS, table.num_rows("train")) * columns * 8
     per_thread = 64 << 20  # a batch decoded and encoded, and one that waits to be written
     needed = sample + (2 + resources.threads) * per_thread
     if needed > resources.memory_budget:
