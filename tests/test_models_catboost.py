@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 import headrace.models.catboost as catboost_kind
@@ -30,11 +31,15 @@ from headrace.models.catboost import (
 from headrace.models.protocol import StopRows
 from headrace.params import Resources, parse_section
 from headrace.record import MemoryRecorder
+from headrace.schema import Target
+from tests.encode_tables import write_table
 from tests.halting import Halt, HaltingRecorder
 from tests.train_case import (
     DELAY,
     LATE,
     RESOURCES,
+    ROLES,
+    encode_only,
     encoded_rows,
     example_columns,
     make_case,
@@ -329,3 +334,54 @@ def test_one_target_alone(tmp_path):
     views = make_case(tmp_path, targets=(DELAY,))
 
     assert list(fitted(views, tmp_path)[0].predict(table_rows(views, "valid"))) == ["delay"]
+
+
+COST = Target(name="cost", task="regression")
+
+
+def two_regressions(folder, *, lacking):
+    """A table whose ``cost`` is some millionths of ``wind``; if wanted, a tenth lacks ``delay``."""
+    splits = {}
+    for seed, (split, num_rows) in enumerate({"train": 600, "valid": 150, "test": 130}.items()):
+        columns = example_columns(num_rows, seed=seed, targets=(DELAY,))
+        columns["cost"] = pc.multiply(pc.fill_null(columns["wind"], 0.0), 1e-6)
+        if not lacking:
+            columns["delay"] = pc.fill_null(columns["delay"], 10.0)
+        splits[split] = columns
+    roles = ROLES | {"delay": "target", "cost": "target"}
+    write_table(folder / "reduce", splits, roles=roles, targets=(DELAY, COST))
+    return encode_only(folder)
+
+
+@pytest.mark.parametrize("lacking", [False, True])
+def test_one_joint_model_learns_targets_of_any_unit(tmp_path, lacking):
+    """The error of each counts in its own spread, or the one in millionths would not be learnt."""
+    views = two_regressions(tmp_path, lacking=lacking)
+    model, recorder = fitted(views, tmp_path, joint=True, iterations=150)
+    files = saved(model, tmp_path / "model")
+    back = load(tmp_path / "model", {"summary": {}})
+    rows = table_rows(views, "test")
+    values = back.predict(rows)
+
+    assert sorted(files) == ["joint.cbm", "trees.json"]
+    for place, name in enumerate(("delay", "cost")):
+        truth = encoded_rows(views, "test").targets[:, place]
+        known = ~np.isnan(truth)
+        error = np.sqrt(np.mean((values[name] - truth)[known] ** 2))
+        assert error < 0.5 * np.std(truth[known])
+        assert np.array_equal(values[name], model.predict(rows)[name])
+        assert model.summary["targets"][name]["trees"] > 1
+    assert any(name == "inner_loss_joint" for name, _, _ in recorder.recorded_metrics)
+
+
+def test_joint_trees_are_refused_where_they_cannot_be(views, tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"`train.catboost.joint` is true, but \['late', 'class'\] have classes"
+    ):
+        fitted(views, tmp_path, joint=True)
+    alone = make_case(tmp_path / "alone", targets=(DELAY,))
+    with pytest.raises(ConfigError, match="but 'delay' is the only target"):
+        fitted(alone, tmp_path, joint=True)
+    wanted = {"joint": True, "device": "cuda"}
+    with pytest.raises(ConfigError, match="runs on the CPU only, and `device` is 'cuda'"):
+        parse_section(CatboostParams, wanted, key="train.catboost", path=tmp_path / "p.yaml")

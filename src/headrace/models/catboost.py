@@ -1,5 +1,8 @@
 """Kind ``catboost``: gradient-boosted trees on the reduced table, one model per target.
 
+With ``joint`` there is one model for all targets, which must be regressions: a tree's splits are
+chosen for all of them together (MultiRMSE), each in units of its own spread.
+
 Categories stay categories: their canonical text, ``__NA__`` where missing (CatBoost refuses a
 missing category). Numbers are float32, NaN where missing. Which rows a model learns from and which
 it stops on comes from the folds.
@@ -24,17 +27,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from headrace.data.cache import cached_frame
 from headrace.data.draws import is_sampled
 from headrace.data.table import Table, open_table
 from headrace.errors import (
+    ConfigError,
     DataError,
     DependencyError,
     IntegrityError,
@@ -66,23 +70,36 @@ _BYTES_PER_ROW, _BYTES_PER_NUMBER, _BYTES_PER_CATEGORY = 100, 16, 150
 _BYTES_PER_COMBINED_CATEGORY = 350  # where statistics of several categories together are kept
 _CURVE_POINTS = 200  # of a learning curve that are recorded, at most
 _LOSS = {"regression": "RMSE", "binary": "Logloss", "multiclass": "MultiClass"}
+_JOINT = "joint"  # the name of the one model of all targets
 
 
 class CatboostParams(FitParams):
     """Section ``train.catboost`` of params.yaml; what is absent is the library's own choice."""
 
+    key: ClassVar[str] = "train.catboost"  # of the section, for messages
+
     seed: Annotated[int, Field(ge=0)] = 0
     threads: Annotated[int, Field(ge=1, le=1024)] = 2
     device: Literal["auto", "cpu", "cuda"] = "auto"  # results depend on it; auto: a GPU if present
+    joint: bool = False  # one model for all targets, if all are regressions; on the CPU only
     iterations: Annotated[int, Field(ge=1)] = 2000  # trees at most
     patience: Annotated[int, Field(ge=1)] = 100  # trees without a gain before training ends
-    learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None  # None: from rows and trees
+    # None: from the number of rows and trees; CatBoost has no such rule for joint models: 0.03.
+    learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
     depth: Annotated[int, Field(ge=1, le=16)] = 6
     l2_leaf_reg: Annotated[float, Field(ge=0)] = 3.0
     border_count: Annotated[int, Field(ge=1, le=65_535)] = 254  # splits tried per number
     max_ctr_complexity: Annotated[int, Field(ge=1, le=15)] = 1  # categories combined at most
     pool_budget: Bytes = 1 << 30  # predicted bytes beyond which a sample of the rows is learnt from
     checkpoint_minutes: Annotated[float, Field(gt=0)] = 2.0
+
+    @model_validator(mode="after")
+    def _joint_is_on_the_cpu(self) -> Self:
+        if self.joint and self.device == "cuda":
+            raise ValueError(
+                "`joint: true` runs on the CPU only, and `device` is 'cuda'; set one of them back"
+            )
+        return self
 
 
 class _Config(Section):
@@ -96,6 +113,15 @@ class _Config(Section):
     # Means of regression targets: CatBoost learns what is above them, for it holds labels as
     # float32, in which 1.7e9 + x is all one number.
     means: dict[str, float] = Field(default_factory=dict)
+    # Spreads of the targets of a joint model, whose errors are summed; empty for separate ones.
+    spreads: dict[str, float] = Field(default_factory=dict)
+
+    @property
+    def groups(self) -> dict[str, tuple[Target, ...]]:
+        """The targets that one model learns together, by the name of its file."""
+        if self.spreads:
+            return {_JOINT: self.targets}
+        return {file_stem(target.name): (target,) for target in self.targets}
 
 
 @dataclass(frozen=True)
@@ -114,7 +140,7 @@ class _TrainRows:
 
 
 class CatboostModel:
-    """One ensemble of trees per target."""
+    """One ensemble of trees per target, or one for all."""
 
     kind = "catboost"
     inputs: Literal["table"] = "table"
@@ -146,18 +172,17 @@ class CatboostModel:
             return {target.name: _no_values(target) for target in config.targets}
         frame = inputs_of_table(rows, config.features, config.categories)
         pool = Pool(frame, cat_features=list(config.categories), thread_count=config.threads)
-        return {
-            target.name: _values(self._trees[target.name], pool, target, config.threads)
-            + config.means.get(target.name, 0.0)
-            for target in config.targets
-        }
+        values: Values = {}
+        for name, group in config.groups.items():
+            values |= _values(self._trees[name], pool, group, config)
+        return values
 
     def save(self, folder: Path) -> None:
-        """Write trees.json and one .cbm per target."""
+        """Write trees.json and one .cbm per model."""
         write_json(folder / _CONFIG, self._config.model_dump(mode="json"))
         for name, trees in self._trees.items():
             _forget_circumstances(trees)
-            trees.save_model(str(folder / f"{file_stem(name)}.cbm"), format="cbm")
+            trees.save_model(str(folder / f"{name}.cbm"), format="cbm")
 
 
 def fit(
@@ -171,16 +196,19 @@ def fit(
     """Fit one model per target; stop each on the rows held back and keep its best iteration.
 
     Raises:
+        ConfigError: if one model is wanted for targets that cannot be learnt together.
         ResourceError: if the pool will not fit ``resources.memory_budget``, with the figure needed.
         DataError: if CatBoost refuses the rows.
         Stopped: on a signal; the snapshots stay and the next run goes on from them.
     """
     contract = views.contract
+    if params.joint:
+        _refuse_unlike_targets(contract.targets, params)
     table = open_table(views.table)
     num_rows = rows_to_learn_from(table.num_rows("train"), contract, params, recorder)
     _refuse_small_memory(num_rows, contract, params, resources)
     rows = _read_rows(table, views, params, num_rows, recorder)
-    task_type = "GPU" if _is_gpu_used(params.device) else "CPU"
+    task_type = "GPU" if not params.joint and _is_gpu_used(params) else "CPU"
     recorder.params(
         {
             "device": task_type.lower(),
@@ -188,21 +216,24 @@ def fit(
             "rows_held_back": int(rows.stop.sum()),
         }
     )
+    scales = _scales(rows, contract.targets)
     config = _Config(
         features=contract.features,
         categories=contract.named("category"),
         targets=contract.targets,
         threads=params.threads,
-        means=_means(rows, contract.targets),
+        means={name: mean for name, (mean, _) in scales.items()},
+        spreads={name: spread for name, (_, spread) in scales.items()} if params.joint else {},
     )
     folder = checkpoints / _signature(params, views, num_rows, task_type)
-    trees, summary = {}, {}
-    for place, target in enumerate(contract.targets):
-        model = _fit_target(
-            rows, target, config, params, task_type, folder / f"target-{place}", recorder
+    trees: dict[str, Any] = {}
+    summary: dict[str, Any] = {}
+    for place, (name, group) in enumerate(config.groups.items()):
+        model = _fit_group(
+            rows, group, config, params, task_type, folder / f"target-{place}", recorder
         )
-        trees[target.name] = model
-        summary[target.name] = _summary(model, config.features)
+        trees[name] = model
+        summary |= {target.name: _summary(model, config.features) for target in group}
     return CatboostModel(config, trees, {"rows": num_rows, "targets": summary})
 
 
@@ -217,10 +248,9 @@ def load(folder: Path, description: Mapping[str, Any]) -> CatboostModel:
     try:
         config = _Config.model_validate(read_json(folder / _CONFIG))
         trees = {}
-        for target in config.targets:
-            trees[target.name] = CatBoost()
-            path = folder / f"{file_stem(target.name)}.cbm"
-            trees[target.name].load_model(str(path), format="cbm")
+        for name in config.groups:
+            trees[name] = CatBoost()
+            trees[name].load_model(str(folder / f"{name}.cbm"), format="cbm")
     except (ValidationError, CatBoostError) as error:
         raise IntegrityError(
             f"{folder} does not hold whole trees ({error}); train the model again"
@@ -248,7 +278,7 @@ def rows_to_learn_from(
     if fitting < num_rows:
         recorder.warn(
             f"catboost learns from a sample of about {fitting:,} of {num_rows:,} train rows: all "
-            f"would need about {format_bytes(needed)}, and `train.catboost.pool_budget` is "
+            f"would need about {format_bytes(needed)}, and `{params.key}.pool_budget` is "
             f"{format_bytes(params.pool_budget)}"
         )
     return fitting
@@ -351,37 +381,50 @@ def _read_sample(table: Table, columns: Sequence[str], *, share: float, seed: in
     return pa.Table.from_batches(list(kept())).unify_dictionaries()
 
 
-def _means(rows: _TrainRows, targets: Sequence[Target]) -> dict[str, float]:
-    """Return the mean of each regression target over the labelled rows learnt from."""
-    means = {}
+def _scales(rows: _TrainRows, targets: Sequence[Target]) -> dict[str, tuple[float, float]]:
+    """Return mean and spread of each regression target over the labelled rows learnt from."""
+    scales = {}
     for target in targets:
         y = rows.labels[target.name][rows.learn]
         y = y[~np.isnan(y)]
         if target.task == "regression":
-            means[target.name] = float(y.mean()) if len(y) else 0.0
-    return means
+            scales[target.name] = (float(y.mean()), float(y.std())) if len(y) else (0.0, 1.0)
+    return scales
 
 
-def _fit_target(
+def _refuse_unlike_targets(targets: Sequence[Target], params: CatboostParams) -> None:
+    classes = [target.name for target in targets if target.task != "regression"]
+    if classes or len(targets) < 2:
+        what = f"{classes} have classes" if classes else f"{targets[0].name!r} is the only target"
+        raise ConfigError(
+            f"`{params.key}.joint` is true, but {what}; one model learns two or more regressions "
+            f"together: leave it out for a model per target"
+        )
+
+
+def _fit_group(
     rows: _TrainRows,
-    target: Target,
+    group: Sequence[Target],
     config: _Config,
     params: CatboostParams,
     task_type: str,
     folder: Path,
     recorder: Recorder,
 ) -> Any:
+    """Fit the trees of one target, or of several together."""
     from catboost import CatBoost, CatBoostError
 
-    is_known = ~np.isnan(rows.labels[target.name])
-    curve = _Curve(target, params.iterations, recorder)
+    labels = np.column_stack([rows.labels[target.name] for target in group])
+    is_known = ~np.isnan(labels).all(axis=1)
+    loss = _loss(group, is_whole=not np.isnan(labels[is_known]).any())
+    curve = _Curve(_title(group), loss, params.iterations, recorder)
     folder.mkdir(parents=True, exist_ok=True)
-    model = CatBoost(_settings(params, target, task_type, folder))
+    model = CatBoost(_settings(params, group, loss, task_type, folder))
 
     def learn(callbacks: list[_Curve] | None) -> None:
         model.fit(
-            _pool(rows, target, rows.learn & is_known, config),
-            eval_set=_pool(rows, target, rows.stop & is_known, config),
+            _pool(rows, group, rows.learn & is_known, config),
+            eval_set=_pool(rows, group, rows.stop & is_known, config),
             callbacks=callbacks,
         )
 
@@ -392,13 +435,24 @@ def _fit_target(
             learn(None)  # on a GPU CatBoost calls nobody back
     except KeyboardInterrupt as error:  # what any signal becomes inside CatBoost
         raise Stopped(
-            f"training of target {target.name!r} was stopped; run again to go on from its snapshot"
+            f"training of target {_title(group)!r} was stopped; run again to go on from its "
+            f"snapshot"
         ) from error
     except CatBoostError as error:
-        raise DataError(f"catboost cannot learn target {target.name!r}: {error}") from error
+        raise DataError(f"catboost cannot learn target {_title(group)!r}: {error}") from error
     if curve.error is not None:
         raise curve.error
     return model
+
+
+def _title(group: Sequence[Target]) -> str:
+    return group[0].name if len(group) == 1 else _JOINT
+
+
+def _loss(group: Sequence[Target], *, is_whole: bool) -> str:
+    if len(group) == 1:
+        return _LOSS[group[0].task]
+    return "MultiRMSE" if is_whole else "MultiRMSEWithMissingValues"
 
 
 def _stoppable(learn: Callable[["list[_Curve]"], None], curve: "_Curve") -> None:
@@ -416,24 +470,39 @@ def _stoppable(learn: Callable[["list[_Curve]"], None], curve: "_Curve") -> None
             curve.is_stopped = True
 
 
-def _pool(rows: _TrainRows, target: Target, chosen: npt.NDArray[np.bool_], config: _Config) -> Any:
+def _pool(
+    rows: _TrainRows, group: Sequence[Target], chosen: npt.NDArray[np.bool_], config: _Config
+) -> Any:
     from catboost import Pool
 
-    y = rows.labels[target.name][chosen]
     return Pool(
         rows.inputs[chosen],
-        y - config.means[target.name] if target.task == "regression" else y.astype(np.int64),
+        _labels(rows, group, chosen, config),
         cat_features=list(config.categories),
         weight=None if rows.weight is None else rows.weight[chosen],
         thread_count=config.threads,
     )
 
 
+def _labels(
+    rows: _TrainRows, group: Sequence[Target], chosen: npt.NDArray[np.bool_], config: _Config
+) -> npt.NDArray[Any]:
+    """Return class codes, or values above the mean; of a joint model in units of the spread."""
+    if group[0].task != "regression":
+        return rows.labels[group[0].name][chosen].astype(np.int64)
+    columns = [
+        (rows.labels[target.name][chosen] - config.means[target.name])
+        / config.spreads.get(target.name, 1.0)
+        for target in group
+    ]
+    return columns[0] if len(group) == 1 else np.column_stack(columns)
+
+
 def _settings(
-    params: CatboostParams, target: Target, task_type: str, folder: Path
+    params: CatboostParams, group: Sequence[Target], loss: str, task_type: str, folder: Path
 ) -> dict[str, Any]:
     settings: dict[str, Any] = {
-        "loss_function": _LOSS[target.task],
+        "loss_function": loss,
         "iterations": params.iterations,
         "learning_rate": params.learning_rate,
         "depth": params.depth,
@@ -452,8 +521,8 @@ def _settings(
         "snapshot_file": "snapshot",
         "snapshot_interval": max(1, round(60 * params.checkpoint_minutes)),
     }
-    if target.task == "multiclass":
-        settings["classes_count"] = len(target.labels)
+    if group[0].task == "multiclass":
+        settings["classes_count"] = len(group[0].labels)
     return {name: value for name, value in settings.items() if value is not None}
 
 
@@ -464,7 +533,8 @@ class _Curve:
     An exception here would reach the caller as text only, so it is kept and raised afterwards.
     """
 
-    target: Target
+    title: str  # of what is learnt
+    loss: str
     iterations: int
     recorder: Recorder
     error: Exception | None = field(default=None, init=False)
@@ -479,18 +549,18 @@ class _Curve:
         return self.error is None and not self.is_stopped
 
     def _tell(self, info: Any) -> None:
-        name = _LOSS[self.target.task]
-        learnt, held_back = info.metrics["learn"][name][-1], info.metrics["validation"][name][-1]
+        loss = self.loss
+        learnt, held_back = info.metrics["learn"][loss][-1], info.metrics["validation"][loss][-1]
         self.recorder.progress(
             info.iteration,
             self.iterations,
             unit="trees",
-            detail=f"{self.target.name}: inner {name} {held_back:.5g}",
+            detail=f"{self.title}: inner {loss} {held_back:.5g}",
         )
         if (info.iteration - 1) % max(1, self.iterations // _CURVE_POINTS) == 0:
             values = {
-                f"train_loss_{self.target.name}": float(learnt),
-                f"inner_loss_{self.target.name}": float(held_back),
+                f"train_loss_{self.title}": float(learnt),
+                f"inner_loss_{self.title}": float(held_back),
             }
             self.recorder.metrics(
                 {key: value for key, value in values.items() if math.isfinite(value)},
@@ -498,16 +568,23 @@ class _Curve:
             )
 
 
-def _values(trees: Any, pool: Any, target: Target, threads: int) -> npt.NDArray[np.float64]:
+def _values(trees: Any, pool: Any, group: Sequence[Target], config: _Config) -> Values:
+    """Return what one model says of the targets it has learnt."""
+    target = group[0]
     kind = "RawFormulaVal" if target.task == "regression" else "Probability"
     values = np.asarray(
-        trees.predict(pool, prediction_type=kind, thread_count=threads), dtype=np.float64
+        trees.predict(pool, prediction_type=kind, thread_count=config.threads), dtype=np.float64
     )
     if target.task == "binary":
-        return values[:, 1]
+        return {target.name: values[:, 1]}
     if target.task == "multiclass":
-        return cast("npt.NDArray[np.float64]", values / values.sum(axis=1, keepdims=True))
-    return values
+        return {target.name: values / values.sum(axis=1, keepdims=True)}
+    columns = values.reshape(len(values), len(group))
+    return {
+        target.name: columns[:, place] * config.spreads.get(target.name, 1.0)
+        + config.means[target.name]
+        for place, target in enumerate(group)
+    }
 
 
 def _no_values(target: Target) -> npt.NDArray[np.float64]:
@@ -538,17 +615,17 @@ def _forget_circumstances(trees: Any) -> None:
             metadata[key] = canonical_json(content)
 
 
-def _is_gpu_used(device: Literal["auto", "cpu", "cuda"]) -> bool:
+def _is_gpu_used(params: CatboostParams) -> bool:
     from catboost.utils import get_gpu_device_count
 
-    if device == "cpu":
+    if params.device == "cpu":
         return False
     # Asked only where there is a driver: elsewhere CatBoost prints an error to stderr.
     is_present: bool = _GPU_DRIVER.exists() and get_gpu_device_count() > 0
-    if device == "cuda" and not is_present:
+    if params.device == "cuda" and not is_present:
         raise DependencyError(
-            "`train.catboost.device` is 'cuda', but CatBoost finds no GPU on this machine; set it "
-            "to auto or cpu"
+            f"`{params.key}.device` is 'cuda', but CatBoost finds no GPU on this machine; set it "
+            f"to auto or cpu"
         )
     return is_present
 
@@ -561,7 +638,7 @@ def _refuse_small_memory(
         raise ResourceError(
             f"catboost would need about {format_bytes(needed)} for {num_rows:,} train rows, and "
             f"{format_bytes(resources.memory_budget)} of `resources.memory_budget` are left for "
-            f"this stage; raise it, or lower `train.catboost.pool_budget` to learn from a sample"
+            f"this stage; raise it, or lower `{params.key}.pool_budget` to learn from a sample"
         )
 
 
