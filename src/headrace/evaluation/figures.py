@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from headrace.evaluation import curves, plots
 from headrace.evaluation.bootstrap import Scored, Units
+from headrace.evaluation.canvas import Figure
 from headrace.evaluation.comparison import Comparison
 from headrace.evaluation.metrics import Sample
 from headrace.schema import Target
@@ -24,7 +25,7 @@ def draw(
     units: Units,
     *,
     confidence: float,
-) -> tuple[list[plots.Figure], Points]:
+) -> tuple[list[Figure], Points]:
     """Return the figures of one target, and the points of its curves."""
     figures = [plots.forest(comparison, confidence=confidence)]
     if len(comparison.models) > 1:
@@ -59,7 +60,7 @@ def _regression(
     chosen: str,
     samples: Mapping[str, Sample],
     calibrations: Mapping[str, curves.Calibration],
-) -> tuple[list[plots.Figure], Points]:
+) -> tuple[list[Figure], Points]:
     errors = {model: s.prediction - s.truth for model, s in samples.items()}
     edges = curves.bin_edges(np.concatenate(list(errors.values())))
     histograms = {m: curves.histogram(errors[m], edges, s.weight) for m, s in samples.items()}
@@ -88,7 +89,7 @@ def _binary(
     chosen: str,  # noqa: ARG001 - one shape for all tasks; these figures show every model
     samples: Mapping[str, Sample],
     calibrations: Mapping[str, curves.Calibration],
-) -> tuple[list[plots.Figure], Points]:
+) -> tuple[list[Figure], Points]:
     positive = target.labels[1]
     figures = [
         plots.calibrations(
@@ -119,7 +120,7 @@ def _multiclass(
     chosen: str,
     samples: Mapping[str, Sample],
     calibrations: Mapping[str, curves.Calibration],
-) -> tuple[list[plots.Figure], Points]:
+) -> tuple[list[Figure], Points]:
     best = samples[chosen]
     roc = {
         label: curves.roc(best.prediction[:, code], best.truth == code, best.weight)

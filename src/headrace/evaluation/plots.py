@@ -1,98 +1,45 @@
-"""Figures as SVG text: the same bytes for the same numbers, readable on white and on black.
+"""The figures of the report, one function each; see ``canvas`` for how they are drawn."""
 
-Figures are drawn once with a stand-in for ink. A file of its own gets dark ink on white paper; in
-the report the ink is ``currentColor``, so it follows the page, light or dark. Text stays text: it
-is crisp, can be searched, and no font outlines depend on what is installed.
-"""
-
-import io
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from headrace.evaluation.bootstrap import Interval
+from headrace.evaluation.canvas import (
+    COLOURS,
+    INK,
+    NARROW,
+    WIDE,
+    Figure,
+    colour,
+    legend,
+    panels,
+    svg_of,
+)
 from headrace.evaluation.comparison import Comparison, Judged
 from headrace.evaluation.curves import Calibration, Curve, Grid, Histogram, density
 from headrace.evaluation.metrics import METRICS, Metric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure as Canvas
 
 Floats: TypeAlias = npt.NDArray[np.float64]
-
-_WIDE, _NARROW = 9.6, 4.8  # inches; a page is one wide or two narrow figures across
-_INK = "#010203"  # stands for the colour of text and lines; no other element uses it
-_COLOURS = ("#3f86c9", "#d9822b", "#3f9e63", "#b25aa0", "#937040", "#6a6fd8", "#c85250", "#188c9c")
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "headrace",
-    "text.parse_math": False,  # a dollar sign in a label is a dollar sign
-    "font.size": 9.0,
-    "font.family": "sans-serif",
-    "axes.titlesize": 9.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "grid.alpha": 0.18,
-    "grid.linewidth": 0.7,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    **dict.fromkeys(
-        (
-            "text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color",
-            "grid.color",
-        ),
-        _INK,
-    ),
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One figure: its SVG with stand-in ink, a title, and what it shows in words.
-
-    ``name`` is the name of its file and part of its ids in a page.
-    """
-
-    name: str
-    title: str
-    alternative: str
-    svg: str
-    is_wide: bool = False  # as wide as the page
-
-    def file_text(self) -> str:
-        """Return the SVG as a file of its own: dark ink on white."""
-        paper = '<rect width="100%" height="100%" fill="#ffffff"/>'
-        head, body = self.svg.split(">", 1)
-        return f"{head}>{paper}{body}".replace(_INK, "#1b1f24") + "\n"
-
-    def inline_text(self) -> str:
-        """Return the SVG for a page: ink of the page, ids unlike those of other figures."""
-        svg = self.svg.replace(_INK, "currentColor")
-        svg = re.sub(r'\bid="', f'id="{self.name}-', svg)
-        svg = re.sub(r"url\(#", f"url(#{self.name}-", svg)
-        svg = re.sub(r'href="#', f'href="#{self.name}-', svg)
-        return svg.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)
 
 
 def forest(comparison: Comparison, *, confidence: float) -> Figure:
     """Every model's interval, a panel per metric; the chosen model's value as a line."""
-    panels = [
+    shown = [
         (metric, [comparison.of(model, metric.name) for model in comparison.models])
         for metric in METRICS[comparison.task]
     ]
     rows = len(comparison.models)
-    with _panels(len(panels), columns=3, width=_WIDE, height=0.7 + 0.24 * rows) as (fig, axs):
-        for number, (ax, (metric, judged)) in enumerate(zip(axs, panels, strict=True)):
+    with panels(len(shown), columns=3, width=WIDE, height=0.7 + 0.24 * rows) as (fig, axs):
+        for number, (ax, (metric, judged)) in enumerate(zip(axs, shown, strict=True)):
             _intervals(ax, judged, [one.estimate for one in judged], is_first=number % 3 == 0)
             ax.set_title(f"{metric.title} {_arrow(metric)}", loc="left")
-        svg = _svg(fig)
+        svg = svg_of(fig)
     primary = _metric(comparison)
     values = "; ".join(
         f"{model} {_said(comparison.of(model, primary.name))}" for model in comparison.models
@@ -110,21 +57,21 @@ def forest(comparison: Comparison, *, confidence: float) -> Figure:
 def differences(comparison: Comparison, *, confidence: float) -> Figure:
     """Paired differences to the chosen model, a panel per metric; the line is no difference."""
     others = [model for model in comparison.models if model != comparison.chosen]
-    panels = [
+    shown = [
         (metric, [comparison.of(model, metric.name) for model in others])
         for metric in METRICS[comparison.task]
     ]
-    with _panels(len(panels), columns=3, width=_WIDE, height=0.9 + 0.24 * len(others)) as (
+    with panels(len(shown), columns=3, width=WIDE, height=0.9 + 0.24 * len(others)) as (
         fig,
         axs,
     ):
-        for number, (ax, (metric, judged)) in enumerate(zip(axs, panels, strict=True)):
-            ax.axvline(0, color=_INK, linewidth=1)
+        for number, (ax, (metric, judged)) in enumerate(zip(axs, shown, strict=True)):
+            ax.axvline(0, color=INK, linewidth=1)
             found = [one.difference for one in judged]
             _intervals(ax, judged, found, is_first=number % 3 == 0, with_line=False)
             ax.set_title(f"{metric.title} {_arrow(metric)}", loc="left")
             ax.set_xlabel(f"model − {comparison.chosen}")
-        svg = _svg(fig)
+        svg = svg_of(fig)
     primary = _metric(comparison)
     verdicts = "; ".join(f"{m} {comparison.of(m, primary.name).verdict}" for m in others)
     return Figure(
@@ -139,20 +86,20 @@ def differences(comparison: Comparison, *, confidence: float) -> Figure:
 def densities(comparison: Comparison, resamples: Mapping[str, Floats]) -> Figure:
     """Distribution of the primary metric over the resamples, a line per model."""
     metric = _metric(comparison)
-    with _panels(1, columns=1, width=_NARROW, height=2.4) as (fig, (ax,)):
+    with panels(1, columns=1, width=NARROW, height=2.4) as (fig, (ax,)):
         for number, model in enumerate(comparison.models):
-            curve, colour = density(resamples[model]), _colour(number)
+            curve, tint = density(resamples[model]), colour(number)
             value = comparison.of(model, metric.name).estimate.value
             if len(curve.x):
-                ax.plot(curve.x, curve.y, color=colour, label=model)
-                ax.fill_between(curve.x, curve.y, color=colour, alpha=0.08, linewidth=0)
+                ax.plot(curve.x, curve.y, color=tint, label=model)
+                ax.fill_between(curve.x, curve.y, color=tint, alpha=0.08, linewidth=0)
             elif value is not None:
-                ax.axvline(value, color=colour, label=f"{model} (constant)")
+                ax.axvline(value, color=tint, label=f"{model} (constant)")
         ax.set_xlabel(f"{metric.title} {_arrow(metric)}")
         ax.set_ylabel("density")
         ax.set_ylim(bottom=0)
-        _legend(ax)
-        svg = _svg(fig)
+        legend(ax)
+        svg = svg_of(fig)
     return Figure(
         "density",
         f"{comparison.target}: {metric.title} over the resamples",
@@ -170,11 +117,11 @@ def binary_curves(
     base_rate: float,
 ) -> Figure:
     """ROC and precision-recall curves side by side, a line per model."""
-    with _panels(2, columns=2, width=_WIDE, height=3.4) as (fig, (left, right)):
-        left.plot([0, 1], [0, 1], color=_INK, linewidth=0.8, linestyle=":")
-        right.axhline(base_rate, color=_INK, linewidth=0.8, linestyle=":")
+    with panels(2, columns=2, width=WIDE, height=3.4) as (fig, (left, right)):
+        left.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=":")
+        right.axhline(base_rate, color=INK, linewidth=0.8, linestyle=":")
         for number, model in enumerate(roc):
-            style: dict[str, Any] = {"color": _colour(number), "linewidth": 1.4, "label": model}
+            style: dict[str, Any] = {"color": colour(number), "linewidth": 1.4, "label": model}
             left.plot(roc[model].x, roc[model].y, **style)
             curve = precision_recall[model]
             right.plot(curve.x, curve.y, drawstyle="steps-pre", **style)
@@ -190,8 +137,8 @@ def binary_curves(
         )
         for ax in (left, right):
             ax.set(xlim=(0, 1), ylim=(0, 1.02))
-        _legend(left, loc="lower right")
-        svg = _svg(fig)
+        legend(left, loc="lower right")
+        svg = svg_of(fig)
     return Figure(
         "curves",
         f"{target}: ROC and precision-recall curves",
@@ -204,18 +151,18 @@ def binary_curves(
 
 def class_curves(target: str, model: str, roc: Mapping[str, Curve]) -> Figure:
     """ROC curve of each class against all others, of one model."""
-    with _panels(1, columns=1, width=_NARROW, height=3.2) as (fig, (ax,)):
-        ax.plot([0, 1], [0, 1], color=_INK, linewidth=0.8, linestyle=":")
+    with panels(1, columns=1, width=NARROW, height=3.2) as (fig, (ax,)):
+        ax.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=":")
         for number, (label, curve) in enumerate(roc.items()):
-            ax.plot(curve.x, curve.y, color=_colour(number), linewidth=1.4, label=label)
+            ax.plot(curve.x, curve.y, color=colour(number), linewidth=1.4, label=label)
         ax.set(
             xlim=(0, 1),
             ylim=(0, 1.02),
             xlabel="share of other classes taken (false positive rate)",
             ylabel="share of the class found (recall)",
         )
-        _legend(ax, loc="lower right")
-        svg = _svg(fig)
+        legend(ax, loc="lower right")
+        svg = svg_of(fig)
     return Figure(
         "curves",
         f"{target}: ROC of each class against the others, {model}",
@@ -231,11 +178,11 @@ def confusions(target: str, model: str, labels: Sequence[str], share_CC: Floats)
     of_class = share_CC.sum(axis=1, keepdims=True)
     recall = np.divide(share_CC, of_class, out=np.zeros_like(share_CC), where=of_class > 0)
     size = len(labels)
-    with _panels(1, columns=1, width=_NARROW, height=1.2 + 0.34 * size) as (fig, (ax,)):
+    with panels(1, columns=1, width=NARROW, height=1.2 + 0.34 * size) as (fig, (ax,)):
         for i in range(size):
             for j in range(size):
                 square = Rectangle(
-                    (j - 0.5, i - 0.5), 1, 1, facecolor=_COLOURS[0], alpha=0.05 + 0.7 * recall[i, j]
+                    (j - 0.5, i - 0.5), 1, 1, facecolor=COLOURS[0], alpha=0.05 + 0.7 * recall[i, j]
                 )
                 ax.add_patch(square)
                 if size <= 12:
@@ -245,7 +192,7 @@ def confusions(target: str, model: str, labels: Sequence[str], share_CC: Floats)
         ax.set_yticks(range(size), labels)
         ax.set(xlabel="predicted class (likeliest)", ylabel="true class")
         ax.grid(visible=False)
-        svg = _svg(fig)
+        svg = svg_of(fig)
     return Figure(
         "confusion",
         f"{target}: confusion of {model}, share of each true class",
@@ -258,10 +205,10 @@ def calibrations(
     target: str, curves: Mapping[str, Calibration], *, predicted: str, observed: str
 ) -> Figure:
     """Mean outcome against mean prediction in bins, with intervals; the diagonal is perfect."""
-    with _panels(1, columns=1, width=_NARROW, height=3.2) as (fig, (ax,)):
+    with panels(1, columns=1, width=NARROW, height=3.2) as (fig, (ax,)):
         values = np.concatenate([np.r_[c.predicted, c.observed] for c in curves.values()])
         ends = [float(values.min()), float(values.max())]
-        ax.plot(ends, ends, color=_INK, linewidth=0.8, linestyle=":")
+        ax.plot(ends, ends, color=INK, linewidth=0.8, linestyle=":")
         for number, (model, curve) in enumerate(curves.items()):
             errors = np.nan_to_num(
                 np.stack([curve.observed - curve.low, curve.high - curve.observed])
@@ -270,7 +217,7 @@ def calibrations(
                 curve.predicted,
                 curve.observed,
                 yerr=errors,
-                color=_colour(number),
+                color=colour(number),
                 marker="o",
                 markersize=3.5,
                 linewidth=1.2,
@@ -279,8 +226,8 @@ def calibrations(
                 label=model,
             )
         ax.set(xlabel=predicted, ylabel=observed)
-        _legend(ax, loc="upper left")
-        svg = _svg(fig)
+        legend(ax, loc="upper left")
+        svg = svg_of(fig)
     return Figure(
         "calibration",
         f"{target}: calibration",
@@ -292,10 +239,10 @@ def calibrations(
 
 def residuals(target: str, histograms: Mapping[str, Histogram]) -> Figure:
     """Distribution of prediction − truth, a line per model; share of rows on a log scale."""
-    with _panels(1, columns=1, width=_NARROW, height=2.6) as (fig, (ax,)):
-        ax.axvline(0, color=_INK, linewidth=0.8, linestyle=":")
+    with panels(1, columns=1, width=NARROW, height=2.6) as (fig, (ax,)):
+        ax.axvline(0, color=INK, linewidth=0.8, linestyle=":")
         for number, (model, found) in enumerate(histograms.items()):
-            ax.stairs(found.share, found.edges, color=_colour(number), linewidth=1.3, label=model)
+            ax.stairs(found.share, found.edges, color=colour(number), linewidth=1.3, label=model)
         shares = np.concatenate([found.share for found in histograms.values()])
         if shares.max() > 1000 * shares[shares > 0].min():
             ax.set_yscale("log")
@@ -304,8 +251,8 @@ def residuals(target: str, histograms: Mapping[str, Histogram]) -> Figure:
             ax.yaxis.set_minor_formatter(lambda *_: "")
         ax.set_xlabel("prediction − truth")
         ax.set_ylabel("share of rows per bin")
-        _legend(ax)
-        svg = _svg(fig)
+        legend(ax)
+        svg = svg_of(fig)
     return Figure(
         "residuals",
         f"{target}: residuals",
@@ -319,7 +266,7 @@ def predicted_actual(target: str, model: str, cells: Grid) -> Figure:
     """Where the rows lie by prediction and truth, one model; darker cells hold more rows."""
     from matplotlib.patches import Rectangle
 
-    with _panels(1, columns=1, width=_NARROW, height=3.4) as (fig, (ax,)):
+    with panels(1, columns=1, width=NARROW, height=3.4) as (fig, (ax,)):
         shares = np.where(cells.share > 0, cells.share, np.nan)
         least, most = float(np.nanmin(shares)), float(np.nanmax(shares))
         depth = np.log(shares / least) / np.log(most / least) if most > least else shares * 0 + 1
@@ -330,15 +277,15 @@ def predicted_actual(target: str, model: str, cells: Grid) -> Figure:
                     (x[i], y[j]),
                     x[i + 1] - x[i],
                     y[j + 1] - y[j],
-                    facecolor=_COLOURS[0],
+                    facecolor=COLOURS[0],
                     alpha=round(0.15 + 0.85 * float(depth[j, i]), 2),
                 )
             )
         ends = [max(x[0], y[0]), min(x[-1], y[-1])]
         if ends[0] < ends[1]:
-            ax.plot(ends, ends, color=_INK, linewidth=0.8, linestyle=":")
+            ax.plot(ends, ends, color=INK, linewidth=0.8, linestyle=":")
         ax.set(xlim=(x[0], x[-1]), ylim=(y[0], y[-1]), xlabel="prediction", ylabel="truth")
-        svg = _svg(fig)
+        svg = svg_of(fig)
     return Figure(
         "predicted",
         f"{target}: truth against prediction, {model}",
@@ -346,26 +293,6 @@ def predicted_actual(target: str, model: str, cells: Grid) -> Figure:
         f"Dotted: truth equals prediction.",
         svg,
     )
-
-
-@contextmanager
-def _panels(
-    count: int, *, columns: int, width: float, height: float
-) -> Iterator[tuple["Canvas", list["Axes"]]]:
-    # Here, not at the top: to read params.yaml is to import this module, and matplotlib takes 1 s.
-    import matplotlib as mpl
-    from matplotlib.figure import Figure as Canvas
-
-    columns = min(columns, count)
-    rows = -(-count // columns)
-    with mpl.rc_context(_STYLE):
-        figure = Canvas(figsize=(width, height * rows), layout="constrained")
-        axes = list(np.atleast_1d(figure.subplots(rows, columns)).ravel())
-        for ax in axes[count:]:
-            ax.set_axis_off()
-        for ax in axes[:count]:
-            ax.grid(visible=True)
-        yield figure, axes[:count]
 
 
 def _intervals(
@@ -384,11 +311,11 @@ def _intervals(
             continue
         is_chosen = one.verdict == "chosen"
         if is_chosen and with_line:
-            ax.axvline(found.value, color=_INK, linewidth=0.8, linestyle=":")
-        colour = _VERDICT_COLOURS[one.verdict]
+            ax.axvline(found.value, color=INK, linewidth=0.8, linestyle=":")
+        tint = _VERDICT_COLOURS[one.verdict]
         if found.low is not None and found.high is not None:
-            ax.plot([found.low, found.high], [place, place], color=colour, linewidth=2)
-        ax.plot(found.value, place, marker="D" if is_chosen else "o", markersize=5, color=colour)
+            ax.plot([found.low, found.high], [place, place], color=tint, linewidth=2)
+        ax.plot(found.value, place, marker="D" if is_chosen else "o", markersize=5, color=tint)
     # Names once a row: panels beside each other have the same models.
     ax.set_yticks(range(len(judged)), [one.model if is_first else "" for one in judged])
     ax.set_ylim(len(judged) - 0.4, -0.6)
@@ -398,35 +325,12 @@ def _intervals(
 
 
 _VERDICT_COLOURS = {
-    "chosen": _COLOURS[0],
-    "tied": _COLOURS[0],
-    "better": _COLOURS[2],
-    "worse": _COLOURS[1],
-    "unknown": _COLOURS[4],
+    "chosen": COLOURS[0],
+    "tied": COLOURS[0],
+    "better": COLOURS[2],
+    "worse": COLOURS[1],
+    "unknown": COLOURS[4],
 }
-
-
-def _svg(figure: "Canvas") -> str:
-    buffer = io.StringIO()
-    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]  # without the XML head and its document type
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
-    # Sizes come from the page; the view box keeps the shape.
-    svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
-    # Fonts of the page in the report, of the viewer elsewhere.
-    return re.sub(r"font: ([\d.]+px)[^;\"]*", r"font: \1 system-ui, sans-serif", svg)
-
-
-def _legend(ax: "Axes", **place: Any) -> None:
-    if ax.get_legend_handles_labels()[0]:
-        ax.legend(**place)
-
-
-def _colour(number: int) -> str:
-    return _COLOURS[number % len(_COLOURS)]
 
 
 def _metric(comparison: Comparison) -> Metric:

@@ -13,9 +13,9 @@ import jinja2
 from markupsafe import Markup
 
 from headrace.evaluation.bootstrap import FEW_UNITS, Interval
+from headrace.evaluation.canvas import Figure
 from headrace.evaluation.comparison import Comparison, Judged
 from headrace.evaluation.metrics import METRICS, Metric
-from headrace.evaluation.plots import Figure
 
 _MARKS = {
     "chosen": ("◆", "chosen on valid rows"),

@@ -27,10 +27,10 @@ from headrace.evaluation.bootstrap import (
     bootstrap,
     bytes_needed,
 )
+from headrace.evaluation.canvas import Figure
 from headrace.evaluation.comparison import Comparison, comparison_json, judge, metrics_json
 from headrace.evaluation.figures import Points, draw
 from headrace.evaluation.metrics import Sample
-from headrace.evaluation.plots import Figure
 from headrace.evaluation.report import ReportInputs, TargetSection, interval_text, render_report
 from headrace.evaluation.selection import STACK, rounded
 from headrace.memory import format_bytes
