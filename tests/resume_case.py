@@ -156,6 +156,9 @@ class Learner:
                 self._note(epoch * self.num_batches + place, batch)
                 yield batch
 
+    def weights(self, batch: Batch) -> dict[str, torch.Tensor]:
+        return {"y": torch.tensor(float(len(batch)))}
+
     def losses(self, batch: Batch) -> Losses:
         z_B = self.network(batch.numeric.nan_to_num())[:, 0]
         y_B = batch.targets[:, 0].float()

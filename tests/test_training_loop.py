@@ -1,23 +1,16 @@
 """The training loop on toy problems: learns, weighs rows, stops, resumes bit-equal."""
 
 import math
-from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import nn
 
 from headrace.errors import ConfigError, DataError
-from headrace.record import MemoryRecorder
-from headrace.training.checkpoint import Checkpoints
-from headrace.training.device import RandomStream, torch_threads
-from headrace.training.distributed import ALONE
+from headrace.training.device import torch_threads
 from headrace.training.learner import Epoch, Losses, LossMeans, Metric, Validation
-from headrace.training.loop import learning_rate, train_network
-from headrace.training.params import TrainingParams
 from tests.halting import Halt, HaltingRecorder
-
-CPU = torch.device("cpu")
+from tests.training_case import Rows, Toy, go, network_of, plain, values_of
 
 
 @pytest.fixture(autouse=True)
@@ -25,90 +18,6 @@ def _one_thread():
     """Small matrices are slower with more threads, much so beside other work."""
     with torch_threads(1):
         yield
-
-
-@dataclass
-class Rows:
-    row_id: torch.Tensor
-    x: torch.Tensor
-    y: torch.Tensor
-    weight: torch.Tensor
-
-    def part(self, rows):
-        return Rows(self.row_id[rows], self.x[rows], self.y[rows], self.weight[rows])
-
-    def split(self, sizes):
-        return [self.part(rows) for rows in torch.arange(len(self.x)).split(sizes)]
-
-
-class Toy:
-    """A learner over rows in memory; batches come in an order that depends on the epoch."""
-
-    def __init__(self, network, x, y, *, batch_rows=8, held_back=None, seed=0):
-        generator = torch.Generator().manual_seed(seed)
-        self.network = network
-        self.rows = Rows(torch.arange(len(x)), x, y, torch.rand(len(x), generator=generator) + 0.5)
-        self.held_back = held_back or self.rows
-        self.batch_rows = batch_rows
-        self.num_rows = len(x)
-        self.num_batches = math.ceil(len(x) / batch_rows)
-
-    def batches(self, epoch, *, used):
-        order = torch.randperm(self.num_rows, generator=torch.Generator().manual_seed(epoch))
-        for batch in order.split(self.batch_rows)[used:]:
-            yield self.rows.part(batch)
-
-    def weights(self, batch):
-        return {"y": batch.weight.sum()}
-
-    def losses(self, batch):
-        z = self.network(batch.x)[:, 0]
-        loss = nn.functional.mse_loss(z, batch.y, reduction="none")
-        return Losses({"y": (batch.weight * loss).sum()}, {"y": batch.weight.sum()}, {"y": 1.0})
-
-    def validate(self):
-        means = LossMeans({"y": 1.0})
-        for rows in torch.arange(len(self.held_back.x)).split(5):
-            means.add(self.losses(self.held_back.part(rows)))
-        return Validation(means)
-
-
-def network_of(seed=0, *, inputs=2, dropout=0.0):
-    with RandomStream(seed, device=CPU).lent():
-        return nn.Sequential(
-            nn.Linear(inputs, 16),
-            nn.BatchNorm1d(16),
-            nn.ReLU(),
-            nn.Dropout(dropout),
-            nn.Linear(16, 1),
-        )
-
-
-def plain(inputs=2, width=16):
-    with RandomStream(3, device=CPU).lent():
-        return nn.Sequential(nn.Linear(inputs, width), nn.Tanh(), nn.Linear(width, 1))
-
-
-def go(learner, folder, recorder=None, *, stop_on="loss", observer=None, **params):
-    recorder = recorder or MemoryRecorder()
-    settings = TrainingParams(
-        **{"warmup_steps": 0, "weight_decay": 0.0, "learning_rate": 0.02, **params}
-    )
-    outcome = train_network(
-        learner,
-        settings,
-        stop_on=stop_on,
-        stream=RandomStream(settings.seed, 1, device=CPU),
-        checkpoints=Checkpoints(folder, signature="toy", recorder=recorder),
-        recorder=recorder,
-        observer=observer,
-        ranks=ALONE,
-    )
-    return outcome, recorder
-
-
-def values_of(recorder, name):
-    return [value for key, value, _ in recorder.recorded_metrics if key == name]
 
 
 @pytest.mark.parametrize("labels", [[0, 0, 0, 1], [0, 1, 1, 1], [0, 1, 1, 0]])
@@ -160,11 +69,27 @@ def test_the_best_weights_stay_not_the_last(tmp_path):
         assert learner.validate().losses.total() == outcome.best_value
 
 
-@pytest.mark.parametrize("halt_after", [1, 6, 7, 8, 9, 23])
-def test_a_halted_run_resumes_to_the_very_same_weights(tmp_path, halt_after):
-    """Dropout, batch norm and the optimiser included; also when halted at the end of an epoch."""
+WAYS = {
+    "plain": {},
+    "sgd, one cycle": {"optimiser": "sgd", "schedule": "one_cycle"},
+    "rmsprop, cosine": {"optimiser": "rmsprop", "momentum": 0.5, "schedule": "cosine"},
+    "adam, parts": {"optimiser": "adam", "micro_rows": 3},
+    "plateau": {
+        "schedule": "plateau",
+        "plateau": {"patience": 1, "cooldown": 1, "factor": 0.5},
+        "learning_rate": 0.3,
+        "max_epochs": 7,
+        "patience": 7,
+    },
+    "bf16": {"precision": "bf16"},
+    "fp16, parts": {"precision": "fp16", "micro_rows": 5},
+}
+
+
+def resumed_is_undisturbed(tmp_path, halt_after, **settings):
+    """Train once in peace and once with a halt; compare weights, outcome and losses."""
     x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
-    settings = {"max_epochs": 4, "patience": 4, "checkpoint_minutes": 0.0}
+    settings = {"max_epochs": 4, "patience": 4, "checkpoint_minutes": 0.0, **settings}
     whole = Toy(network_of(dropout=0.3), x, x.prod(dim=1))
     undisturbed, heard = go(whole, tmp_path / "whole", **settings)
 
@@ -177,8 +102,43 @@ def test_a_halted_run_resumes_to_the_very_same_weights(tmp_path, halt_after):
     assert outcome == undisturbed
     for name, value in whole.network.state_dict().items():
         assert torch.equal(resumed.network.state_dict()[name], value), name
-    after = values_of(heard_after, "train_loss")
-    assert after == values_of(heard, "train_loss")[-len(after) :] if after else True
+    for name in ("train_loss", "learning_rate"):
+        after = values_of(heard_after, name)
+        assert after == values_of(heard, name)[-len(after) :] if after else True
+    return heard
+
+
+@pytest.mark.parametrize("halt_after", [1, 6, 7, 8, 9, 23])
+def test_a_halted_run_resumes_to_the_very_same_weights(tmp_path, halt_after):
+    """Dropout, batch norm and the optimiser included; also when halted at the end of an epoch."""
+    resumed_is_undisturbed(tmp_path, halt_after)
+
+
+@pytest.mark.parametrize("halt_after", [6, 20])
+@pytest.mark.parametrize("way", [way for way in WAYS if way not in ("plain", "plateau")])
+def test_a_halted_run_resumes_whatever_the_settings(tmp_path, way, halt_after):
+    resumed_is_undisturbed(tmp_path, halt_after, **WAYS[way])
+
+
+@pytest.mark.parametrize("halt_after", [31, 32, 33, 44])
+def test_a_resumed_plateau_goes_on_from_where_it_fell(tmp_path, halt_after):
+    heard = resumed_is_undisturbed(tmp_path, halt_after, **WAYS["plateau"])
+
+    rates = values_of(heard, "learning_rate")
+    assert rates[0] > rates[3] > rates[-1]  # it fell before the halt and after it
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_settings_that_a_run_has_are_those_that_act(tmp_path, way):
+    """Each way ends in other weights than the plain one."""
+    x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
+    ends = []
+    for settings in ({}, WAYS[way]):
+        learner = Toy(network_of(), x, x.prod(dim=1))
+        go(learner, tmp_path / str(len(ends)), **{"max_epochs": 4, **settings})
+        ends.append(learner.network[0].weight)
+
+    assert torch.equal(*ends) == (way == "plain")
 
 
 def test_a_finished_run_resumes_to_its_end_without_a_step(tmp_path):
@@ -214,38 +174,6 @@ def test_a_held_back_loss_that_is_never_finite_is_refused(tmp_path):
     bad = Rows(torch.arange(2), torch.ones(2, 2), torch.full((2,), math.inf), torch.ones(2))
     with pytest.raises(DataError, match="diverged in its first epoch"):
         go(Toy(plain(), x, torch.ones(8), held_back=bad), tmp_path)
-
-
-def test_biases_norms_and_embeddings_are_not_decayed(tmp_path):
-    """With no gradient at all, decay alone moves the weights of layers, and only those."""
-    network = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
-    network.embedding = nn.Embedding(3, 2)
-    before = {name: value.clone() for name, value in network.named_parameters()}
-
-    class Still(Toy):
-        def losses(self, batch):
-            zero = sum(0.0 * value.sum() for value in network.parameters())
-            return Losses({"y": zero}, {"y": batch.weight.sum()}, {"y": 1.0})
-
-    x = torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
-    network.train()
-    learner = Still(network, x, x[:, 0])
-    go(learner, tmp_path, max_epochs=1, weight_decay=0.5)
-    after = dict(network.named_parameters())
-    moved = {name for name, value in before.items() if not torch.equal(value, after[name])}
-
-    assert moved == {"0.weight", "2.weight"}
-
-
-def test_the_rate_rises_then_stays_or_falls_to_its_floor():
-    constant = TrainingParams(learning_rate=1.0, warmup_steps=10)
-    cosine = constant.model_copy(update={"schedule": "cosine"})
-
-    assert [learning_rate(step, 110, constant) for step in (0, 4, 9, 10, 109)] == [
-        0.1, 0.5, 1, 1, 1,
-    ]  # fmt: skip
-    assert learning_rate(60, 110, cosine) == pytest.approx(0.5)
-    assert learning_rate(110, 110, cosine) == learning_rate(500, 110, cosine) == 0.01
 
 
 def test_the_rate_that_was_used_is_recorded(tmp_path):

@@ -183,6 +183,8 @@ def _describe(fault: Any, kind: type[Section], key: str) -> str:
     if fault["type"] == "missing":
         return f"`{place}` is missing"
     message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "value_error" and isinstance(fault["input"], Mapping):
+        return f"`{place}`: {message}"  # a rule between its settings names those that matter
     return f"`{place}` is {fault['input']!r}: {message[0].lower()}{message[1:]}"
 
 

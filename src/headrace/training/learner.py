@@ -49,9 +49,13 @@ class LossMeans:
 
     def add(self, losses: Losses) -> None:
         """Take in one batch."""
-        for name in losses.sums:
-            self.sums[name] = self.sums.get(name, 0.0) + float(losses.sums[name].detach())
-            self.weights[name] = self.weights.get(name, 0.0) + float(losses.weights[name])
+        names = list(losses.sums)
+        sums = torch.stack([losses.sums[name].detach() for name in names])
+        weights = torch.stack([losses.weights[name] for name in names])
+        values = torch.stack([sums, weights]).T.tolist()  # one wait for the device
+        for name, (total, weight) in zip(names, values, strict=True):
+            self.sums[name] = self.sums.get(name, 0.0) + total
+            self.weights[name] = self.weights.get(name, 0.0) + weight
 
     def means(self) -> dict[str, float]:
         """Return the mean per name; NaN for a name without a labelled row."""

@@ -1,15 +1,14 @@
-"""The training loop: epochs, learning-rate schedule, early stopping, checkpoints.
+"""The training loop: epochs, validation, early stopping, checkpoints.
 
-It knows nothing of tables or layers: a ``Learner`` hands it batches and losses. Sums of losses and
-of row weights travel separately up to the end of an epoch, so every logged loss is the mean over
-rows, however short the last batch. After each epoch the learner validates on rows it does not
-learn from; the weights of the best epoch are those that stay.
+It knows nothing of tables or layers: a ``Learner`` hands it batches and losses, and ``update`` does
+what one batch takes. After each epoch the learner validates on rows it does not learn from; the
+weights of the best epoch are those that stay.
 
-A checkpoint holds all that the next step depends on: weights, optimiser, random stream, epoch and
-batches used, the sums of the running epoch, the best weights so far. A resumed run is bit-equal to
-an undisturbed one on a CPU with the same number of threads. One is written every
-``checkpoint_minutes`` (see ``cadence``), when a signal asks to stop, and at the end. Cost: three to
-four times the weights on disk, at most 3 % of the time.
+A checkpoint holds all that the next step depends on: weights, optimiser, loss scale, what a plateau
+left of the learning rate, random stream, epoch and batches used, the sums of the running epoch, the
+best weights so far. A resumed run is bit-equal to an undisturbed one on a CPU with the same number
+of threads. One is written every ``checkpoint_minutes`` (see ``cadence``), when a signal asks to
+stop, and at the end. Cost: three to four times the weights on disk, at most 3 % of the time.
 
 Several processes may run the loop together (``distributed``): the same steps on each, gradients and
 losses of the global batch, checkpoints by the first alone. A checkpoint fits any number of them.
@@ -18,6 +17,7 @@ losses of the global batch, checkpoints by the first alone. A checkpoint fits an
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,16 @@ from headrace.errors import ConfigError, DataError, nearest
 from headrace.record import MemoryRecorder, Recorder
 from headrace.training.cadence import Cadence
 from headrace.training.checkpoint import Checkpoints
+from headrace.training.compiled import compiled
 from headrace.training.device import RandomStream
 from headrace.training.distributed import ALONE, Ranks, weights_digest
-from headrace.training.learner import Epoch, Learner, Losses, LossMeans, Observer, Validation
+from headrace.training.learner import Epoch, Learner, LossMeans, Observer, Validation
 from headrace.training.params import TrainingParams
+from headrace.training.schedule import PlateauRate, learning_rate
 from headrace.training.signals import HeldSignals, held_signals
 from headrace.training.stopping import EarlyStopping
+from headrace.training.update import Updater
+from headrace.training.warm_start import hold_frozen, start_warm
 
 
 @dataclass(frozen=True)
@@ -68,10 +72,19 @@ def train_network(
     two steps, after a checkpoint.
 
     Raises:
-        ConfigError: if ``stop_on`` names nothing that the learner validates.
-        DataError: if a loss is not finite, with the first row ids of the batch.
+        ConfigError: if ``stop_on`` names nothing that the learner validates, or a setting does not
+            fit the network.
+        DataError: if a loss or gradient is not finite, with the first row ids of the batch.
+        ResourceError: if the device's memory runs out, however small the parts of a batch.
     """
-    with held_signals() as signals, stream.lent():
+    if params.warm_start is not None:
+        start_warm(learner.network, params.warm_start)
+        recorder.warn(
+            "warm_start: if the earlier training learnt from rows of this table, predictions of "
+            "those rows are too good to be true, out of fold as well, and `stack` cannot know"
+        )
+    quickly = compiled(learner.network) if params.compile else nullcontext()
+    with held_signals() as signals, stream.lent(), quickly:
         run = _Run(
             learner, params, stop_on, stream, checkpoints, recorder, observer, ranks, clock, signals
         )
@@ -91,18 +104,7 @@ def training_update(learner: Learner, params: TrainingParams) -> Callable[[Any],
     stream = RandomStream(params.seed, device=_device_of(learner.network))
     clock, signals = time.monotonic, HeldSignals()
     run = _Run(learner, params, "loss", stream, unused, recorder, None, ALONE, clock, signals)
-    return run._update
-
-
-def learning_rate(step: int, total_steps: int, params: TrainingParams) -> float:
-    """Return the learning rate of update ``step`` (from 0) of at most ``total_steps``."""
-    rate = params.learning_rate
-    if step < params.warmup_steps:
-        return rate * (step + 1) / params.warmup_steps
-    if params.schedule == "constant":
-        return rate
-    share = (step - params.warmup_steps) / max(1, total_steps - params.warmup_steps)
-    return rate * max(0.01, 0.5 * (1 + math.cos(math.pi * min(1.0, share))))
+    return run.learn
 
 
 class _Run:
@@ -121,7 +123,6 @@ class _Run:
         clock: Callable[[], float],
         signals: HeldSignals,
     ) -> None:
-        ranks.share_norms(learner.network)
         self._ranks = ranks
         self._learner = learner
         self._params = params
@@ -130,16 +131,18 @@ class _Run:
         self._checkpoints = checkpoints
         self._recorder = recorder
         self._observer = observer
-        self._optimiser = _optimiser(learner.network, params)
+        ranks.share_norms(learner.network)
+        self._updater = Updater(learner, params, stream=stream, ranks=ranks, warn=recorder.warn)
         self._best: dict[str, torch.Tensor] = {}
         self._sums: LossMeans | None = None
         self._clock = clock
         self._signals = signals
+        recorder.params({"precision": self._updater.precision})
         self._cadence = Cadence(60 * params.checkpoint_minutes, clock())
+        self._plateau = PlateauRate(params.plateau)
         self.stopping = EarlyStopping(params.patience)
         self.epoch = 0  # finished ones
         self.used = 0  # batches of the running epoch
-        self.step = 0  # updates over all epochs
 
     @property
     def is_over(self) -> bool:
@@ -150,9 +153,10 @@ class _Run:
         """Finish the running epoch, validate, and keep the weights if they are the best."""
         network, learner = self._learner.network, self._learner
         network.train()
+        hold_frozen(network)
         began, num_rows = time.monotonic(), 0
         for batch in learner.batches(self.epoch, used=self.used):
-            self._update(batch)
+            self.learn(batch)
             self.used += 1
             num_rows += len(batch.row_id) * self._ranks.size
             rate = num_rows / max(1e-9, time.monotonic() - began)
@@ -172,12 +176,30 @@ class _Run:
         )
         if is_best:
             self._best = _copy(network.state_dict())
+        self._plateau.see(is_gain=is_best)
         self._tell(found, is_best=is_best)
         self.epoch, self.used, self._sums = self.epoch + 1, 0, None
         self._end_step()
         self._recorder.progress(
             self.epoch, self._params.max_epochs, unit="epochs", detail=_in_words(found)
         )
+
+    def learn(self, batch: Any) -> None:
+        """Update the weights by one batch."""
+        params = self._params
+        rate = learning_rate(
+            self._updater.step,
+            self._learner.num_batches * params.max_epochs,
+            params,
+            plateau_share=self._plateau.share,
+        )
+        place = f"epoch {self.epoch + 1}, batch {self.used + 1}"
+        update = self._updater.update(batch, rate=rate, place=place)
+        if self._sums is None:
+            self._sums = LossMeans(dict(update.losses.scales))
+        self._sums.add(update.losses)
+        if self._observer is not None and math.isfinite(update.norm):
+            self._observer.gradients(update.norm)
 
     def resume(self) -> None:
         """Go on from the newest whole checkpoint, if there is one."""
@@ -192,14 +214,15 @@ class _Run:
 
     def _take_over(self, state: Mapping[str, Any]) -> None:
         self._learner.network.load_state_dict(state["network"])
-        self._optimiser.load_state_dict(state["optimiser"])
+        self._updater.restore(state["updater"])
+        self._plateau.restore(state["plateau"])
         self._stream.restore(state["stream"])
         self.stopping.restore(state["stopping"])
         self._best = {
             name: value.to(_device_of(self._learner.network))
             for name, value in state["best"].items()
         }
-        self.epoch, self.used, self.step = state["epoch"], state["used"], state["step"]
+        self.epoch, self.used = state["epoch"], state["used"]
         if state["sums"] is not None:
             self._sums = LossMeans(**state["sums"])
         if self._observer is not None:
@@ -230,62 +253,6 @@ class _Run:
             num_parameters=sum(p.numel() for p in network.parameters()),
         )
 
-    def _update(self, batch: Any) -> None:
-        rate = learning_rate(
-            self.step, self._learner.num_batches * self._params.max_epochs, self._params
-        )
-        for group in self._optimiser.param_groups:
-            group["lr"] = rate
-        self._optimiser.zero_grad(set_to_none=True)
-        if self._ranks.size > 1:
-            self._stream.restart(self._ranks.rank, self.step)
-        losses = self._learner.losses(batch)
-        whole, total = self._over_ranks(losses)
-        value = float((total if whole is losses else whole.total()).detach())
-        if not math.isfinite(value):
-            raise self._not_finite(value, total, batch)
-        torch.autograd.backward(total)
-        self._ranks.sum_gradients(self._learner.network)
-        norm = nn.utils.clip_grad_norm_(self._learner.network.parameters(), self._params.clip_norm)
-        if self._observer is not None:
-            self._observer.gradients(float(norm))
-        self._optimiser.step()
-        self.step += 1
-        if self._sums is None:
-            self._sums = LossMeans(dict(losses.scales))
-        self._sums.add(whole)
-
-    def _over_ranks(self, losses: Losses) -> tuple[Losses, torch.Tensor]:
-        """Return the losses of the global batch, and this rank's part of their total.
-
-        The parts divide by the weights of the global batch, so they and their gradients add up.
-        """
-        if self._ranks.size == 1:
-            return losses, losses.total()
-        names = list(losses.sums)
-        own = [losses.sums[name].detach() for name in names]
-        own += [losses.weights[name] for name in names]
-        summed = self._ranks.summed(torch.stack(own).double())
-        sums, weights = summed[: len(names)], summed[len(names) :]
-        whole = Losses(
-            dict(zip(names, sums, strict=True)),
-            dict(zip(names, weights, strict=True)),
-            losses.scales,
-        )
-        shares = {name: whole.weights[name].to(losses.sums[name].dtype) for name in names}
-        return whole, Losses(losses.sums, shares, losses.scales).total()
-
-    def _not_finite(self, value: float, own: torch.Tensor, batch: Any) -> DataError:
-        """Name the rows of the first rank whose part of the loss is not finite."""
-        first_rows = [str(int(i)) for i in batch.row_id[:5]]
-        found = self._ranks.gathered((math.isfinite(float(own.detach())), first_rows))
-        first_rows = next((rows for is_finite, rows in found if not is_finite), first_rows)
-        return DataError(
-            f"the training loss is {value} in epoch {self.epoch + 1}, batch {self.used + 1}; first "
-            f"row ids: {first_rows}. Look at these rows for extreme values, or set a smaller "
-            f"learning_rate"
-        )
-
     def _require_same_weights(self) -> None:
         if self._ranks.size > 1:
             self._ranks.require_same("the network", weights_digest(self._learner.network))
@@ -301,13 +268,8 @@ class _Run:
             )
         return found
 
-    @property
-    def _rate(self) -> float:
-        """The learning rate that was used last."""
-        return float(self._optimiser.param_groups[0]["lr"])
-
     def _log(self, found: Validation) -> None:
-        values = {"inner_loss": found.losses.total(), "learning_rate": self._rate}
+        values = {"inner_loss": found.losses.total(), "learning_rate": self._updater.rate}
         values |= {f"inner_loss_{name}": value for name, value in found.losses.means().items()}
         values |= {f"inner_{name}": metric.value for name, metric in found.metrics.items()}
         if self._sums is not None:
@@ -326,7 +288,7 @@ class _Run:
                     train_losses={} if self._sums is None else self._sums.means(),
                     inner_losses=found.losses.means(),
                     metrics=found.metrics,
-                    learning_rate=self._rate,
+                    learning_rate=self._updater.rate,
                     is_best=is_best,
                 )
             )
@@ -346,13 +308,13 @@ class _Run:
         self._checkpoints.save(
             {
                 "network": self._learner.network.state_dict(),
-                "optimiser": self._optimiser.state_dict(),
+                "updater": self._updater.state(),
+                "plateau": self._plateau.state(),
                 "stream": self._stream.state(),
                 "stopping": self.stopping.state(),
                 "best": self._best,
                 "epoch": self.epoch,
                 "used": self.used,
-                "step": self.step,
                 "ranks": self._ranks.size,
                 "observer": {} if self._observer is None else self._observer.state(),
                 "sums": None
@@ -364,23 +326,6 @@ class _Run:
                 },
             }
         )
-
-
-def _optimiser(network: nn.Module, params: TrainingParams) -> torch.optim.Optimizer:
-    """AdamW; biases, norms and embeddings are not pulled to zero."""
-    embedded = {
-        id(weight)
-        for module in network.modules()
-        if isinstance(module, nn.Embedding)
-        for weight in module.parameters()
-    }
-    decayed = [p for p in network.parameters() if p.ndim >= 2 and id(p) not in embedded]
-    others = [p for p in network.parameters() if p.ndim < 2 or id(p) in embedded]
-    groups = [
-        {"params": decayed, "weight_decay": params.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=params.learning_rate)
 
 
 def _in_words(found: Validation) -> str:

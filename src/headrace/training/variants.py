@@ -1,9 +1,10 @@
 """Other ways to run the same step: compiled, as a CUDA graph, with activations computed again.
 
-The loop runs eagerly. These are measurements of what it would gain, not settings that it has. Each
-way gives the same numbers as the eager step, and that is measured beside its speed: what is faster
-and different is no variant. Compiled kernels round differently, so outputs are compared within a
-tolerance; recomputed gradients are equal to the last bit.
+The loop runs eagerly, or compiled with ``compile: true``; the others are no settings. These are
+measurements of what it would gain. Each way gives the same numbers as the eager step, and that is
+measured beside its speed: what is faster and different is no variant. Compiled kernels round
+differently, so outputs are compared within a tolerance; recomputed gradients are equal to the last
+bit.
 """
 
 import math
@@ -11,13 +12,14 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint_sequential
 
 from headrace.training.ceilings import time_of, waiter
+from headrace.training.compiled import compiled
 from headrace.training.device import RandomStream
 from headrace.training.diagnosis import kernel_launches
 from headrace.training.learner import Learner
@@ -58,7 +60,7 @@ def step_variants(learner: Learner, batch: Any, *, seconds: float = 0.5) -> tupl
     ]
     if is_cuda:
         ways += [
-            ("compiled", _compiled(learner), _eager_step),
+            ("compiled", compiled(network), _eager_step),
             ("CUDA graph", nullcontext(), _graphed_step),
         ]
     found = []
@@ -201,13 +203,3 @@ def _captured(
     with torch.cuda.graph(graph):
         total = step()
     return graph, total
-
-
-@contextmanager
-def _compiled(learner: Learner) -> Iterator[None]:
-    network = learner.network
-    learner.network = cast(nn.Module, torch.compile(network))
-    try:
-        yield
-    finally:
-        learner.network = network
