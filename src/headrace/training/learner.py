@@ -16,7 +16,17 @@ from typing import Any, Protocol, Self
 import torch
 from torch import nn
 
+from headrace.evaluation.metrics import MetricName
+from headrace.schema import Task
 from headrace.training.distributed import Ranks
+
+# The metrics of an epoch; first of a task the one that chooses models. Only that one may be a
+# ranking of all rows, which the others do not need.
+EPOCH_METRICS: Mapping[Task, tuple[MetricName, ...]] = {
+    "regression": ("rmse", "mae"),
+    "binary": ("roc_auc", "log_loss", "accuracy"),
+    "multiclass": ("log_loss", "accuracy"),
+}
 
 
 @dataclass(frozen=True)
@@ -95,7 +105,7 @@ class Metric:
 class Validation:
     """How the network does on the held-back rows of all ranks.
 
-    Metrics are named ``METRIC_TARGET``, as ``auc_late``; there may be none.
+    Metrics are named ``METRIC_TARGET``, as ``roc_auc_late``; there may be none.
     """
 
     losses: LossMeans
