@@ -265,7 +265,8 @@ def test_two_ranks_learn_what_one_process_learns(seen, alone):
     first, second = seen["train"]
     _are_close(first["weights"], alone["weights"])
     assert all(torch.equal(first["weights"][k], v) for k, v in second["weights"].items())
-    assert first["metrics"] == second["metrics"]
+    curves = [one for one in first["metrics"] if not one[0].startswith("health/")]
+    assert curves == second["metrics"]  # health is checked by the first rank alone
     assert [(name, step) for name, _, step in first["metrics"]] == [
         (name, step) for name, _, step in alone["metrics"]
     ]

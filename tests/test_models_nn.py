@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from headrace.errors import ConfigError, DataError, DependencyError, IntegrityError, SchemaError
+from headrace.evaluation.metrics import Sample, score
 from headrace.models import network as network_module
 from headrace.models.mlp import Mlp, MlpDesign, embedding_sizes
 from headrace.models.network import Inputs, TargetScale, mean_losses, member_losses
@@ -18,6 +19,7 @@ from headrace.models.nn import NnParams, fit, load
 from headrace.params import Resources
 from headrace.record import MemoryRecorder
 from headrace.training.device import RandomStream
+from headrace.training.learner import EPOCH_METRICS
 from tests.encode_tables import changed
 from tests.halting import Halt, HaltingRecorder
 from tests.train_case import (
@@ -246,10 +248,44 @@ def test_target_weights_and_stop_on_have_an_effect(views, tmp_path):
     assert model.summary["inner_loss"] == min(curve)
 
 
+def test_metrics_of_an_epoch_are_those_that_evaluate_finds(views, tmp_path):
+    """On the rows held back, by the weights that were kept; early stopping can look at them."""
+    model, recorder = fitted(views, tmp_path, max_epochs=6, stop_on="roc_auc_late")
+    rows = encoded_rows(views, "train")
+    rows = rows.where(np.flatnonzero(rows.fold == 4))
+    values = model.predict(rows)
+    best = model.summary["best_epoch"]
+    recorded = {name: value for name, value, step in recorder.recorded_metrics if step == best}
+    for place, target in enumerate(views.contract.targets):
+        truth = rows.targets[:, place].astype(np.float64)
+        known = ~np.isnan(truth)
+        weight = rows.weight[known].astype(np.float64)
+        sample = Sample(target.task, truth[known], values[target.name][known], weight)
+        for name in EPOCH_METRICS[target.task]:
+            expected = pytest.approx(score(name, sample), abs=1e-6)
+            assert recorded[f"inner_{name}_{target.name}"] == expected
+
+    curve = [value for name, value, _ in recorder.recorded_metrics if name == "inner_roc_auc_late"]
+    assert model.summary["inner_roc_auc_late"] == max(curve)
+
+
+def test_health_checks_change_no_byte_and_can_be_off(views, tmp_path):
+    files, told = [], []
+    for health in ("warn", "error", "off"):
+        model, recorder = fitted(views, tmp_path / health, health=health, dropout=0.2)
+        files.append(saved(model, tmp_path / f"model-{health}"))
+        told.append({name for name, *_ in recorder.recorded_metrics if name.startswith("health/")})
+
+    assert files[0] == files[1] == files[2]
+    assert told[0] == told[1] > {"health/first_loss_class", "health/gap"}
+    assert told[2] == set()
+
+
 @pytest.mark.parametrize(
     ("params", "told"),
     [
         ({"stop_on": "lat"}, "`train.nn.stop_on` is 'lat'.*nearest name: late"),
+        ({"stop_on": "rmse_late"}, "one of the metrics .*nearest name: rmse_delay"),
         ({"target_weights": {"dela": 1.0}}, "target_weights` names 'dela'.*nearest name: delay"),
     ],
 )

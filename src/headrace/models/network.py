@@ -17,8 +17,9 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeAlias, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -46,9 +47,13 @@ from headrace.storage import read_json, write_file, write_json
 from headrace.training.checkpoint import Checkpoints
 from headrace.training.device import RandomStream, torch_threads
 from headrace.training.distributed import ALONE, Ranks, current_ranks
-from headrace.training.learner import Losses, LossMeans, Validation
+from headrace.training.health import Health
+from headrace.training.learner import EPOCH_METRICS, Losses, LossMeans, Validation
 from headrace.training.loop import Outcome, train_network
 from headrace.training.params import batch_rows_for
+
+if TYPE_CHECKING:
+    from headrace.training.metrics import EpochMetrics
 
 _CONFIG = "network.json"
 _WEIGHTS = "weights.safetensors"
@@ -277,6 +282,11 @@ def fit_network(
             )
         signature = _signature(learner.config, params, views, device)
         ranks.require_same("what is trained", f"{signature} {learner.data_digest}")
+        health = (
+            None
+            if params.health == "off"
+            else Health(learner, params, folder=checkpoints, recorder=recorder, ranks=ranks)
+        )
         with contextlib.closing(learner):
             outcome = train_network(
                 learner,
@@ -285,15 +295,18 @@ def fit_network(
                 stream=RandomStream(params.seed, _TRAIN, device=device),
                 checkpoints=Checkpoints(checkpoints, signature=signature, recorder=recorder),
                 recorder=recorder,
+                observer=health,
                 ranks=ranks,
             )
+        if health is not None:
+            health.finish(outcome)
     return NetworkModel(
         cast(Network, learner.network),
         learner.config,
         learner.statistics,
         kind=design.kind,
         device=device,
-        summary=_summary(outcome),
+        summary=_summary(outcome, params.stop_on, learner.config.targets),
     )
 
 
@@ -423,10 +436,7 @@ def target_scales(
     ranges: Mapping[str, tuple[float, float]],
 ) -> tuple[TargetScale, ...]:
     """Return mean and spread of each regression target over the rows that ``learn`` marks."""
-    y_BT = shards.read("targets")[learn].astype(np.float64)
-    weight_B = shards.read("weight")[learn].astype(np.float64)
-    if views.draw is not None:
-        weight_B = weight_B * views.counts(shards.read("row_id")[learn])
+    y_BT, weight_B = _labels(shards, learn, views)
     scales = []
     for place, target in enumerate(targets):
         is_known = ~np.isnan(y_BT[:, place])
@@ -441,6 +451,41 @@ def target_scales(
     return tuple(scales)
 
 
+def constant_loss(y_B: Floats, weight_B: Floats, target: Target, scale: TargetScale) -> float:
+    """Return the loss of the best constant prediction: variance, or entropy of the classes.
+
+    Shapes: ``y_B`` (B,) the value or class code, NaN where missing. NaN without a labelled row.
+    """
+    is_known = ~np.isnan(y_B)
+    y, weight = y_B[is_known], weight_B[is_known]
+    if not weight.sum() > 0:
+        return math.nan
+    if target.task == "regression":
+        return float(np.average(((y - scale.mean) / scale.std) ** 2, weights=weight))
+    share = np.bincount(y.astype(np.int64), weights=weight) / weight.sum()
+    return float(-(share * np.log(share, where=share > 0, out=np.zeros_like(share))).sum())
+
+
+def _labels(
+    shards: Shards, learn: npt.NDArray[np.bool_], views: TrainViews
+) -> tuple[Floats, Floats]:
+    """Return labels (B, T) and weights (B,) of the rows learnt from."""
+    y_BT = shards.read("targets")[learn].astype(np.float64)
+    weight_B = shards.read("weight")[learn].astype(np.float64)
+    if views.draw is not None:
+        weight_B = weight_B * views.counts(shards.read("row_id")[learn])
+    return y_BT, weight_B
+
+
+def _some_of(shards: Shards, rows: npt.NDArray[np.bool_], most: int, *, seed: int) -> EncodedBatch:
+    """Return the rows that ``rows`` marks, or as many of them as ``most``, drawn by ``seed``."""
+    places = np.flatnonzero(rows)
+    if len(places) > most:
+        rng = np.random.default_rng([seed, _SAMPLE])
+        places = np.sort(rng.choice(places, most, replace=False))
+    return shards.take(places)
+
+
 def _sample(
     shards: Shards,
     learn: npt.NDArray[np.bool_],
@@ -449,12 +494,8 @@ def _sample(
     *,
     seed: int,
 ) -> InputSample:
-    """Return rows learnt from, all of them or as many as ``_SAMPLE_ROWS``, drawn by ``seed``."""
-    places = np.flatnonzero(learn)
-    if len(places) > _SAMPLE_ROWS:
-        rng = np.random.default_rng([seed, _SAMPLE])
-        places = np.sort(rng.choice(places, _SAMPLE_ROWS, replace=False))
-    rows = shards.take(places)
+    """Return rows learnt from, at most ``_SAMPLE_ROWS``, with standardised labels."""
+    rows = _some_of(shards, learn, _SAMPLE_ROWS, seed=seed)
     y_BT = rows.targets.astype(np.float64)
     for place, (target, scale) in enumerate(zip(targets, scales, strict=True)):
         if target.task == "regression":
@@ -488,6 +529,8 @@ class NetworkLearner:
         self.config = config
         self.statistics = statistics
         self._views = views
+        self._parts = parts
+        self._seed = seed
         self._stream = BatchStream(
             parts.shards,
             batch_size=ranks.share_of(batch_rows),
@@ -573,23 +616,64 @@ class NetworkLearner:
         return Losses(sums, weights, factors)
 
     def validate(self) -> Validation:
-        """Return the losses of the mean prediction over the held-back rows."""
+        """Return losses and metrics of the mean prediction over the held-back rows."""
         means = LossMeans(dict(self._factors))
+        self._metrics.reset()
         self._held_back.set_position(0)
         for batch in self._held_back_there:
-            means.add(self._prediction_losses(batch))
-        return Validation(means.over(self._ranks))
+            outputs = self._outputs(batch)
+            means.add(self._losses_of(outputs, batch))
+            for place, (target, z_BKO) in enumerate(zip(self._targets, outputs, strict=True)):
+                values = member_values(z_BKO.cpu().double(), target, self._scales[place])
+                self._metrics.add(
+                    target.name,
+                    truth=batch.targets[:, place],
+                    prediction=values.mean(dim=1),
+                    weight=batch.weight,
+                )
+        return Validation(means.over(self._ranks), self._metrics.values())
 
-    def _prediction_losses(self, batch: Batch) -> Losses:
-        y_BT = self._standardised(batch)
+    def prediction_losses(self, batch: Batch) -> Losses:
+        """Return the losses of the mean prediction, as ``validate`` counts them."""
+        return self._losses_of(self._outputs(batch), batch)
+
+    def learnt_rows(self, num_rows: int) -> Batch:
+        """Return a batch of at most so many of the rows learnt from, always the same."""
+        parts = self._parts
+        return to_tensors(_some_of(parts.shards, parts.learn, num_rows, seed=self._seed))
+
+    def held_back_rows(self, num_rows: int) -> Batch:
+        """Return a batch of at most so many of the held-back rows, always the same."""
+        parts = self._parts
+        return to_tensors(_some_of(parts.held_back, parts.stop, num_rows, seed=self._seed))
+
+    def constant_losses(self) -> dict[str, float]:
+        """Return per target the loss of the best constant prediction of the rows learnt from."""
+        y_BT, weight_B = _labels(self._parts.shards, self._parts.learn, self._views)
+        return {
+            target.name: constant_loss(y_BT[:, place], weight_B, target, self._scales[place])
+            for place, target in enumerate(self._targets)
+        }
+
+    @cached_property
+    def _metrics(self) -> "EpochMetrics":
+        # Here, not at the top: a prediction needs none of torchmetrics, which takes a second.
+        from headrace.training.metrics import EpochMetrics
+
+        return EpochMetrics(self._targets, self._ranks)
+
+    def _outputs(self, batch: Batch) -> list[torch.Tensor]:
         batch = replace(batch, targets=batch.targets.float()).to(self._device)
-        outputs = cast("list[torch.Tensor]", self.network(batch.numeric, batch.codes))
+        return cast("list[torch.Tensor]", self.network(batch.numeric, batch.codes))
+
+    def _losses_of(self, outputs: Sequence[torch.Tensor], batch: Batch) -> Losses:
+        y_BT, weight_B = self._standardised(batch), batch.weight.to(self._device)
         sums, weights = {}, {}
         for place, (target, z_BKO) in enumerate(zip(self._targets, outputs, strict=True)):
-            y_B, weight_B = _known(y_BT[place], batch.weight)
+            y_B, known_B = _known(y_BT[place], weight_B)
             loss_B = mean_losses(z_BKO, y_B, target, self._scales[place])
-            sums[target.name] = (weight_B * loss_B).sum()
-            weights[target.name] = weight_B.sum()
+            sums[target.name] = (known_B * loss_B).sum()
+            weights[target.name] = known_B.sum()
         return Losses(sums, weights, self._factors)
 
     def _standardised(self, batch: Batch) -> list[torch.Tensor]:
@@ -722,10 +806,12 @@ def _refuse_unknown_targets(targets: Sequence[Target], params: NetworkParams, ki
                 f"`train.{kind}.output_range.{target.name}` is {list(bounds)} for a {target.task} "
                 f"target; it must be [low, high] with low < high, of a regression target"
             )
-    if params.stop_on not in ["loss", *names]:
+    metrics = [f"{name}_{one.name}" for one in targets for name in EPOCH_METRICS[one.task]]
+    known = ["loss", *names, *metrics]
+    if params.stop_on not in known:
         raise ConfigError(
-            f"`train.{kind}.stop_on` is {params.stop_on!r}; it must be loss or one of the targets "
-            f"{names}{nearest(params.stop_on, ['loss', *names])}"
+            f"`train.{kind}.stop_on` is {params.stop_on!r}; it must be loss, one of the targets "
+            f"{names}, or one of the metrics {metrics}{nearest(params.stop_on, known)}"
         )
 
 
@@ -767,10 +853,11 @@ def _record_batch(recorder: Recorder, batch: Batch, encoded: Path, folder: Path)
     recorder.file(folder / _FIRST_BATCH, folder="data")
 
 
-def _summary(outcome: Outcome) -> dict[str, Any]:
+def _summary(outcome: Outcome, stop_on: str, targets: Sequence[Target]) -> dict[str, Any]:
+    is_loss = stop_on in ["loss", *(target.name for target in targets)]
     return {
         "best_epoch": outcome.best_epoch,
         "epochs": outcome.num_epochs,
-        "inner_loss": outcome.best_value,
+        "inner_loss" if is_loss else f"inner_{stop_on}": outcome.best_value,
         "parameters": outcome.num_parameters,
     }

@@ -13,7 +13,9 @@ class NetworkParams(TrainingParams, FitParams):
 
     # Factor of each target's loss in the total; a target that is not named has 1.
     target_weights: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
-    stop_on: str = "loss"  # early stopping looks at the total, or at the loss of this target
+    # What early stopping looks at: loss (the total), a target's own loss by its name, or one of its
+    # metrics, as roc_auc_TARGET (see docs/training.md)
+    stop_on: str = "loss"
     # Regression targets whose predictions never leave [low, high], by a sigmoid a little wider
     # than that: for ratings, say.
     output_range: dict[str, Annotated[tuple[float, float], Field(strict=False)]] = Field(

@@ -222,6 +222,13 @@ class Ranks:
                 module.__class__ = GlobalBatchNorm1d
 
 
+def own_norms(network: nn.Module) -> None:
+    """Let the batch norms of ``network`` take their statistics over this rank's rows again."""
+    for module in network.modules():
+        if type(module) is GlobalBatchNorm1d:
+            module.__class__ = nn.BatchNorm1d  # type: ignore[assignment]  # what it was
+
+
 ALONE = Ranks()
 _current = ALONE
 

@@ -75,6 +75,9 @@ class TrainingParams(Section):
     # half of a GPU's free memory, else prefetch there, plain elsewhere
     transfer: Literal["auto", "plain", "prefetch", "resident"] = "auto"
     checkpoint_minutes: Annotated[float, Field(ge=0)] = 1.0  # within an epoch; 0: every batch
+    # Checks before and during training (see headrace.training.health). error: a network that fails
+    # those before its first step is not trained
+    health: Literal["warn", "error", "off"] = "warn"
 
     @model_validator(mode="after")
     def _settings_take_effect(self) -> Self:
