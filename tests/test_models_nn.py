@@ -9,12 +9,26 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from pydantic import ValidationError
 
 from headrace.errors import ConfigError, DataError, DependencyError, IntegrityError, SchemaError
 from headrace.evaluation.metrics import Sample, score
 from headrace.models import network as network_module
-from headrace.models.mlp import Mlp, MlpDesign, embedding_sizes
-from headrace.models.network import Inputs, TargetScale, mean_losses, member_losses
+from headrace.models.mlp import (
+    Mlp,
+    MlpDesign,
+    NormalCurves,
+    capped_quantiles,
+    embedding_sizes,
+    normal_curve,
+)
+from headrace.models.network import (
+    Inputs,
+    InputSample,
+    TargetScale,
+    mean_losses,
+    member_losses,
+)
 from headrace.models.nn import NnParams, fit, load
 from headrace.params import Resources
 from headrace.record import MemoryRecorder
@@ -42,6 +56,7 @@ QUICK = {
     "max_epochs": 3,
     "warmup_steps": 0,
     "learning_rate": 0.01,
+    "members": 1,
 }
 
 
@@ -337,18 +352,37 @@ def test_half_a_network_is_refused(views, tmp_path, damage):
         load(tmp_path / "model", {})
 
 
-def network(outputs=(1, 1, 3)):
+def design_of(**changes):
+    shape = {
+        "members": 1,
+        "hidden_sizes": (8, 4),
+        "activation": "relu",
+        "dropout": 0.0,
+        "batch_norm": False,
+        "numbers": "plain",
+        "bins": 4,
+        "number_size": 5,
+        "one_hot_labels": 2,
+        "embedding_size": 3,
+    }
+    return MlpDesign(**(shape | changes))
+
+
+def network(outputs=(1, 1, 3), *, members=1, numbers="plain"):
     inputs = Inputs(
         numeric=("a", "b"),
         has_missing=(1,),
         categories=("c",),
         cardinalities=(5,),
     )
-    design = MlpDesign(
-        hidden_sizes=(8, 4), activation="relu", dropout=0.0, batch_norm=False, embedding_size=3
+    sample = InputSample(
+        np.random.default_rng(0).normal(size=(300, 2)).astype(np.float32),
+        np.zeros((300, 1), np.int32),
+        np.zeros((300, 3)),
     )
+    design = design_of(members=members, numbers=numbers)
     with RandomStream(0, device=torch.device("cpu")).lent():
-        return Mlp(inputs, design, outputs)
+        return Mlp(inputs, design, outputs, design.statistics(sample, inputs, seed=0))
 
 
 PLAIN = TargetScale(mean=0.0, std=1.0)
@@ -362,6 +396,18 @@ def test_the_number_of_parameters_by_hand():
     expected = 5 * 3 + (2 + 1 + 3 + 1) * 8 + (8 + 1) * 4 + (4 + 1) * (1 + 1 + 3)
 
     assert sum(p.numel() for p in network().parameters()) == expected
+
+
+def test_the_number_of_parameters_of_an_ensemble_by_hand():
+    """Piecewise-linear vectors of 5 numbers; three members share weights, each has scalings."""
+    vectors = 2 * 5 * 2 + 2 * 4 * 5  # a line each (slope, start), then 4 bins each
+    width = 2 * 5 + 1 + 3
+    first = width * 8 + 3 * (width + 8 + 8)  # shared weights; in, out and bias of each member
+    second = 8 * 4 + 3 * (8 + 4 + 4)
+    heads = 3 * (4 + 1) * (1 + 1 + 3)
+    found = network(members=3, numbers="piecewise")
+
+    assert sum(p.numel() for p in found.parameters()) == 5 * 3 + vectors + first + second + heads
 
 
 def test_a_new_network_knows_nothing():
@@ -473,6 +519,79 @@ def test_gradients_agree_with_finite_differences():
             down = float(total())
             weight[place] = at
             assert float(weight.grad[place]) == pytest.approx((up - down) / (2 * step), abs=1e-6)
+
+
+def test_a_repeated_value_takes_one_part_and_the_others_keep_theirs():
+    rng = np.random.default_rng(0)
+    column = np.r_[np.zeros(900), rng.lognormal(size=100)]
+    edges, ranks = capped_quantiles(column, 10)
+    plain = np.unique(np.quantile(column, np.linspace(0, 1, 11)))
+
+    assert len(plain) == 3
+    assert len(edges) == 11
+    assert (np.diff(edges) > 0).all()
+    assert (np.diff(ranks) > 0).all()
+    assert 0 < ranks[0] < ranks[-1] < 1
+
+
+def test_equal_parts_where_nothing_repeats():
+    column = np.random.default_rng(0).normal(size=10_000)
+    edges, _ = capped_quantiles(column, 4)
+
+    assert edges[1:-1] == pytest.approx(np.quantile(column, [0.25, 0.5, 0.75]), abs=0.01)
+
+
+def test_the_curve_makes_a_skewed_column_normal():
+    column = np.random.default_rng(0).lognormal(size=20_000)
+    knots, images = normal_curve(column)
+    curves = NormalCurves([(torch.tensor(knots).float(), torch.tensor(images).float())])
+    found = curves(torch.tensor(column)[:, None].float())[:, 0]
+    beyond = curves(torch.tensor([[-1e9], [1e9]]))[:, 0]
+
+    assert float(found.mean()) == pytest.approx(0, abs=0.02)
+    assert float(found.std()) == pytest.approx(1, abs=0.02)
+    assert float((found**3).mean()) == pytest.approx(0, abs=0.1)
+    assert beyond.tolist() == pytest.approx([images[0], images[-1]])
+
+
+@pytest.mark.parametrize("column", [[], [3.0], [3.0, 3.0]], ids=["none", "one", "same"])
+def test_a_column_without_two_values_is_0(column):
+    knots, images = normal_curve(np.array(column))
+    curves = NormalCurves([(torch.tensor(knots).float(), torch.tensor(images).float())])
+
+    assert curves(torch.tensor([[-5.0], [3.0], [7.0]])).tolist() == [[0], [0], [0]]
+
+
+@pytest.mark.parametrize("numbers", ["piecewise", "periodic", "plain"])
+@pytest.mark.parametrize("members", [1, 3])
+def test_every_form_of_input_learns_and_is_saved(views, tmp_path, numbers, members):
+    shape = {"bins": 8, "number_size": 4} if numbers == "piecewise" else {}
+    model, recorder = fitted(
+        views, tmp_path, numbers=numbers, members=members, max_epochs=12, **shape
+    )
+    rows = encoded_rows(views, "test")
+    saved(model, tmp_path / "model")
+    back = load(tmp_path / "model", {})
+    losses = [v for name, v, _ in recorder.recorded_metrics if name == "inner_loss"]
+
+    assert min(losses) < 0.7 * losses[0]
+    for name, values in model.predict(rows).items():
+        assert np.array_equal(values, back.predict(rows)[name])
+    assert np.array_equal(model.embed(rows), back.embed(rows))
+    assert model.embed(rows).shape == (len(rows), 16)
+
+
+@pytest.mark.parametrize(
+    ("params", "match"),
+    [
+        ({"members": 4, "batch_norm": True}, "batch_norm is for a plain MLP, but members is 4"),
+        ({"numbers": "plain", "bins": 9}, "bins has no effect where numbers is plain"),
+        ({"numbers": "periodic", "bins": 9}, "bins has no effect where numbers is periodic"),
+    ],
+)
+def test_settings_of_the_shape_that_cannot_take_effect_are_refused(params, match):
+    with pytest.raises(ValidationError, match=match):
+        NnParams.model_validate(params)
 
 
 def test_embeddings_grow_slowly_with_the_labels():

@@ -5,38 +5,67 @@ torch; the network itself is in ``mlp``. Memory does not grow with the inputs: b
 from the shards on disk. Weights depend on ``threads``, which is why it is a parameter and no
 resource.
 
-The defaults are for tables of mixed columns with noisy labels, where a network overfits within a
-few epochs: strong dropout, short vectors for categories. On the example (213k rows) they reach an
-AUC of .692 on valid and .696 on test rows in 33 CPU seconds, beside CatBoost's .694 and
-.690; with dropout .1 and vectors of 32 it is .687 and .691. On Adult: AUC .912.
+The defaults reach published tuned networks on tables of numbers (California housing) and of mixed
+columns (Adult): ``benchmarks/quality.py``. ``members: 1`` makes a plain MLP of it, several times
+faster.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from headrace.models.network_params import NetworkParams
 from headrace.models.protocol import TrainViews
 from headrace.params import Resources
 from headrace.record import Recorder
+from headrace.training.params import Activation
 
 if TYPE_CHECKING:
     from headrace.models.mlp import MlpDesign
     from headrace.models.network import NetworkLearner, NetworkModel
 
+_SHAPE = (
+    "members", "hidden_sizes", "activation", "dropout", "batch_norm", "numbers", "bins",
+    "number_size", "one_hot_labels", "embedding_size",
+)  # fmt: skip
 Width = Annotated[int, Field(ge=1, le=65_536)]
 
 
 class NnParams(NetworkParams):
     """Section ``train.nn`` of params.yaml: the network's shape, and how it is trained."""
 
-    hidden_sizes: Annotated[tuple[Width, ...], Field(strict=False, min_length=1)] = (256, 128)
-    activation: Literal["relu", "gelu", "silu"] = "relu"
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.3
-    batch_norm: bool = False
-    embedding_size: Annotated[int, Field(ge=1, le=4096)] = 8  # at most, per category
+    # Networks in one, which share most weights; predictions are their mean. 1: a plain MLP.
+    members: Annotated[int, Field(ge=1, le=1024)] = 8
+    hidden_sizes: Annotated[tuple[Width, ...], Field(strict=False, min_length=1)] = (128, 128)
+    activation: Activation = "relu"
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    batch_norm: bool = False  # of a plain MLP
+    # How a number enters: as its place among ``bins`` of equally many rows, by sines and cosines
+    # of it, or as it is; in any case made about normal first.
+    numbers: Literal["piecewise", "periodic", "plain"] = "piecewise"
+    bins: Annotated[int, Field(ge=2, le=4096)] = 128
+    number_size: Annotated[int, Field(ge=1, le=4096)] = 16  # length of a number's vector
+    # A category of at most so many labels is one-hot; others get vectors of at most this length.
+    one_hot_labels: Annotated[int, Field(ge=0, le=4096)] = 8
+    embedding_size: Annotated[int, Field(ge=1, le=4096)] = 32
+    max_epochs: Annotated[int, Field(ge=1)] = 200
+    patience: Annotated[int, Field(ge=1)] = 16
+    learning_rate: Annotated[float, Field(gt=0)] = 2.0e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 3.0e-4
+
+    @model_validator(mode="after")
+    def _shape_takes_effect(self) -> Self:
+        if self.batch_norm and self.members > 1:
+            raise ValueError(
+                f"batch_norm is for a plain MLP, but members is {self.members}; set members to 1"
+            )
+        idle = {"piecewise": (), "periodic": ("bins",), "plain": ("bins", "number_size")}
+        for name in idle[self.numbers]:
+            if getattr(self, name) != NnParams.model_fields[name].default:
+                raise ValueError(f"{name} has no effect where numbers is {self.numbers}")
+        return self
 
 
 def fit(
@@ -91,10 +120,4 @@ def load(folder: Path, description: Mapping[str, Any]) -> "NetworkModel":
 def _design(params: NnParams) -> "MlpDesign":
     from headrace.models.mlp import MlpDesign
 
-    return MlpDesign(
-        hidden_sizes=params.hidden_sizes,
-        activation=params.activation,
-        dropout=params.dropout,
-        batch_norm=params.batch_norm,
-        embedding_size=params.embedding_size,
-    )
+    return MlpDesign(**{name: getattr(params, name) for name in _SHAPE})
