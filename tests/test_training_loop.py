@@ -74,6 +74,7 @@ WAYS = {
     "sgd, one cycle": {"optimiser": "sgd", "schedule": "one_cycle"},
     "rmsprop, cosine": {"optimiser": "rmsprop", "momentum": 0.5, "schedule": "cosine"},
     "adam, parts": {"optimiser": "adam", "micro_rows": 3},
+    "averaged": {"weight_average": 0.9},
     "plateau": {
         "schedule": "plateau",
         "plateau": {"patience": 1, "cooldown": 1, "factor": 0.5},

@@ -20,7 +20,7 @@ from headrace.models.network_params import NetworkParams
 from headrace.models.protocol import TrainViews
 from headrace.params import Resources
 from headrace.record import Recorder
-from headrace.training.params import Activation
+from headrace.training.params import Activation, Share
 
 if TYPE_CHECKING:
     from headrace.models.mlp import MlpDesign
@@ -54,6 +54,7 @@ class NnParams(NetworkParams):
     patience: Annotated[int, Field(ge=1)] = 16
     learning_rate: Annotated[float, Field(gt=0)] = 2.0e-3
     weight_decay: Annotated[float, Field(ge=0)] = 3.0e-4
+    weight_average: Share = 0.998
 
     @model_validator(mode="after")
     def _shape_takes_effect(self) -> Self:

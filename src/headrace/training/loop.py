@@ -4,11 +4,12 @@ It knows nothing of tables or layers: a ``Learner`` hands it batches and losses,
 what one batch takes. After each epoch the learner validates on rows it does not learn from; the
 weights of the best epoch are those that stay.
 
-A checkpoint holds all that the next step depends on: weights, optimiser, loss scale, what a plateau
-left of the learning rate, random stream, epoch and batches used, the sums of the running epoch, the
-best weights so far. A resumed run is bit-equal to an undisturbed one on a CPU with the same number
-of threads. One is written every ``checkpoint_minutes`` (see ``cadence``), when a signal asks to
-stop, and at the end. Cost: three to four times the weights on disk, at most 3 % of the time.
+A checkpoint holds all that the next step depends on: weights, their average, optimiser, loss scale,
+what a plateau left of the learning rate, random stream, epoch and batches used, the sums of the
+running epoch, the best weights so far. A resumed run is bit-equal to an undisturbed one on a CPU
+with the same number of threads. One is written every ``checkpoint_minutes`` (see ``cadence``), when
+a signal asks to stop, and at the end. Cost: three to five times the weights on disk, at most 3 % of
+the time.
 
 Several processes may run the loop together (``distributed``): the same steps on each, gradients and
 losses of the global batch, checkpoints by the first alone. A checkpoint fits any number of them.
@@ -27,6 +28,7 @@ from torch import nn
 
 from headrace.errors import ConfigError, DataError, nearest
 from headrace.record import MemoryRecorder, Recorder
+from headrace.training.averaging import WeightAverage
 from headrace.training.cadence import Cadence
 from headrace.training.checkpoint import Checkpoints
 from headrace.training.compiled import compiled
@@ -133,6 +135,7 @@ class _Run:
         self._observer = observer
         ranks.share_norms(learner.network)
         self._updater = Updater(learner, params, stream=stream, ranks=ranks, warn=recorder.warn)
+        self._average = WeightAverage(learner.network, params.weight_average)
         self._best: dict[str, torch.Tensor] = {}
         self._sums: LossMeans | None = None
         self._clock = clock
@@ -168,14 +171,15 @@ class _Run:
             )
             self._end_step()
         self._require_same_weights()
-        found = self._validate()
+        with self._average.lent():
+            found = self._validate()
+            figure = found.figure(self._stop_on)
+            is_best = self.stopping.see(
+                self.epoch, figure.value, higher_is_better=figure.higher_is_better
+            )
+            if is_best:
+                self._best = _copy(network.state_dict())
         self._log(found)
-        figure = found.figure(self._stop_on)
-        is_best = self.stopping.see(
-            self.epoch, figure.value, higher_is_better=figure.higher_is_better
-        )
-        if is_best:
-            self._best = _copy(network.state_dict())
         self._plateau.see(is_gain=is_best)
         self._tell(found, is_best=is_best)
         self.epoch, self.used, self._sums = self.epoch + 1, 0, None
@@ -195,6 +199,7 @@ class _Run:
         )
         place = f"epoch {self.epoch + 1}, batch {self.used + 1}"
         update = self._updater.update(batch, rate=rate, place=place)
+        self._average.update()
         if self._sums is None:
             self._sums = LossMeans(dict(update.losses.scales))
         self._sums.add(update.losses)
@@ -215,6 +220,7 @@ class _Run:
     def _take_over(self, state: Mapping[str, Any]) -> None:
         self._learner.network.load_state_dict(state["network"])
         self._updater.restore(state["updater"])
+        self._average.restore(state["average"])
         self._plateau.restore(state["plateau"])
         self._stream.restore(state["stream"])
         self.stopping.restore(state["stopping"])
@@ -309,6 +315,7 @@ class _Run:
             {
                 "network": self._learner.network.state_dict(),
                 "updater": self._updater.state(),
+                "average": self._average.state(),
                 "plateau": self._plateau.state(),
                 "stream": self._stream.state(),
                 "stopping": self.stopping.state(),

@@ -70,6 +70,9 @@ class TrainingParams(Section):
     input_noise: Annotated[float, Field(ge=0)] = 0.0  # standard deviation added to numbers
     column_mask: Share = 0.0  # probability that an input of a row is made missing
     mixup: Annotated[float, Field(ge=0)] = 0.0  # rows are mixed by shares from Beta(mixup, mixup)
+    # Share of itself that an average of the weights keeps at each update; the average is what is
+    # validated and kept (see headrace.training.averaging). 0: no average
+    weight_average: Share = 0.0
     warm_start: WarmStart | None = None
     # How batches reach the device; results do not depend on it. auto: resident where the set fits
     # half of a GPU's free memory, else prefetch there, plain elsewhere
