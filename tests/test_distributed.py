@@ -277,6 +277,16 @@ def test_two_ranks_learn_what_one_process_learns(seen, alone):
     assert first["params"] == alone["params"] | {"ranks": 2}
 
 
+def test_two_ranks_learn_the_same_in_parts_also_where_one_has_less_memory(seen, alone):
+    first, second = seen["parts"]
+    _are_close(first["weights"], alone["weights"])
+    assert all(torch.equal(first["weights"][k], v) for k, v in second["weights"].items())
+    assert first["warnings"] == []
+    assert [text[:62] for text in second["warnings"]] == [
+        "the device ran out of memory in epoch 1, batch 1 with 11 rows "
+    ]
+
+
 def test_two_ranks_with_batch_norm_learn_what_one_process_learns(seen, case):
     """But for the bias before a norm: its gradient is rounding alone, which Adam enlarges.
 

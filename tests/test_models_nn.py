@@ -32,8 +32,10 @@ from headrace.models.network import (
 from headrace.models.nn import NnParams, fit, load
 from headrace.params import Resources
 from headrace.record import MemoryRecorder
+from headrace.training import loop as loop_module
 from headrace.training.device import RandomStream
 from headrace.training.learner import EPOCH_METRICS
+from headrace.training.update import Updater
 from tests.encode_tables import changed
 from tests.halting import Halt, HaltingRecorder
 from tests.train_case import (
@@ -135,6 +137,63 @@ def test_the_predictions_of_a_row_do_not_depend_on_its_neighbours(views, tmp_pat
         alone = model.predict(rows.where(np.array([row])))
         for name, values in whole.items():
             assert alone[name] == pytest.approx(values[[row]], rel=1e-6, abs=1e-6)
+
+
+def test_averaged_predictions_are_those_of_the_draws_and_of_the_row_alone(views, tmp_path):
+    settings = {"input_noise": 0.3, "column_mask": 0.1}
+    plain, _ = fitted(views, tmp_path / "plain", **settings)
+    model, _ = fitted(views, tmp_path / "averaged", predict_draws=5, **settings)
+    rows = encoded_rows(views, "test")
+    values = model.predict(rows)
+    alone = model.predict(rows.where(np.arange(7, 8)))
+    assert (
+        saved(model, tmp_path / "model")["weights.safetensors"]
+        == saved(plain, tmp_path / "other")["weights.safetensors"]
+    )  # learning is the same
+    read = load(tmp_path / "model", {}).predict(rows)
+
+    for name, value in plain.predict(rows).items():
+        assert not np.allclose(values[name], value), name
+        assert np.corrcoef(values[name].ravel(), value.ravel())[0, 1] > 0.8
+        np.testing.assert_allclose(alone[name][0], values[name][7], rtol=1e-5)
+        np.testing.assert_allclose(read[name], values[name], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"mixup": 0.4, "micro_rows": 20}, {"input_noise": 0.2}, {"column_mask": 0.2}],
+    ids=["mixup in parts", "noise", "mask"],
+)
+def test_rows_changed_while_learning_still_teach(views, tmp_path, settings):
+    model, _ = fitted(views, tmp_path, max_epochs=25, patience=25, **settings)
+    rows = encoded_rows(views, "test")
+    delay = rows.targets[:, 0].astype(np.float64)
+    known = ~np.isnan(delay)
+    error = (model.predict(rows)["delay"][known] - delay[known]) ** 2
+
+    assert np.mean(error) < 0.5 * np.var(delay[known])
+
+
+def test_every_fit_begins_with_a_fresh_network(views, tmp_path, monkeypatch):
+    """Parameters, buffers and optimiser as a new one of that seed has them."""
+    begins = []
+
+    class Spied(Updater):
+        def __init__(self, learner, *args, **settings):
+            super().__init__(learner, *args, **settings)
+            weights = {name: value.clone() for name, value in learner.network.state_dict().items()}
+            begins.append((weights, self.state()))
+
+    monkeypatch.setattr(loop_module, "Updater", Spied)
+    other_rows = replace(views, folds=(0, 1, 2, 4))
+    for name, these in (("a", views), ("b", other_rows), ("c", views)):
+        fitted(these, tmp_path / name, batch_norm=True, max_epochs=2)
+
+    (first, state), _, (again, state_again) = begins  # of other rows in between
+    assert any("running_mean" in name for name in first)
+    assert state["optimiser"]["state"] == {}
+    assert all(torch.equal(again[name], value) for name, value in first.items())
+    assert state_again == state
 
 
 def test_no_rows_give_no_predictions(views, tmp_path):

@@ -23,6 +23,10 @@ IDLE = [
         {"batch_rows": 64, "micro_rows": 64},
         "micro_rows is 64, but a batch has only batch_rows = 64",
     ),
+    (
+        {"predict_draws": 4, "mixup": 0.2},
+        "predict_draws is 4, but input_noise and column_mask are 0",
+    ),
 ]
 
 
@@ -38,6 +42,7 @@ def test_settings_with_an_effect_are_taken_and_survive_a_round_trip():
         {"schedule": "plateau", "plateau": {"patience": 2, "cooldown": 1}, "patience": 5},
         {"schedule": "cosine", "warmup_steps": 0, "rate_floor": 0.1},
         {"batch_rows": 64, "micro_rows": 32},
+        {"column_mask": 0.1, "predict_draws": 4},
         {"warm_start": {"path": "w.safetensors", "digest": "ab", "freeze": ["trunk.*"]}},
     ):
         params = TrainingParams.model_validate(settings)

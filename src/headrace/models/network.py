@@ -44,13 +44,14 @@ from headrace.params import Resources, Section
 from headrace.record import Recorder
 from headrace.schema import Target
 from headrace.storage import read_json, write_file, write_json
+from headrace.training.augment import draws
 from headrace.training.checkpoint import Checkpoints
 from headrace.training.device import RandomStream, torch_threads
 from headrace.training.distributed import ALONE, Ranks, current_ranks
 from headrace.training.health import Health
 from headrace.training.learner import EPOCH_METRICS, Losses, LossMeans, Validation
 from headrace.training.loop import Outcome, train_network
-from headrace.training.params import batch_rows_for
+from headrace.training.params import PredictDraws, batch_rows_for
 
 if TYPE_CHECKING:
     from headrace.training.metrics import EpochMetrics
@@ -153,6 +154,7 @@ class _Config(Section):
     targets: Annotated[tuple[Target, ...], Field(strict=False)]
     scales: Annotated[tuple[TargetScale, ...], Field(strict=False)]
     threads: int
+    predict_draws: PredictDraws | None = None
 
 
 class NetworkModel:
@@ -176,6 +178,15 @@ class NetworkModel:
         self._statistics = statistics
         self._device = device
         self._summary = dict(summary)
+        self._draws = (
+            draws(
+                config.predict_draws,
+                num_numeric=len(config.inputs.numeric),
+                num_categories=len(config.inputs.categories),
+            )
+            if config.predict_draws
+            else []
+        )
 
     @property
     def summary(self) -> Mapping[str, Any]:
@@ -189,12 +200,17 @@ class NetworkModel:
             SchemaError: if the rows are not encoded, or by another encoder.
         """
         parts: list[list[Floats]] = [[] for _ in self._config.targets]
-        for numeric_BN, codes_BC in self._in_parts(rows):
-            outputs = self.network(numeric_BN, codes_BC)
-            for place, z_BKO in enumerate(outputs):
-                target, scale = self._config.targets[place], self._config.scales[place]
-                values = member_values(z_BKO.cpu().double(), target, scale).mean(dim=1)
-                parts[place].append(values.numpy())
+        for inputs in self._in_parts(rows):
+            drawn = [draw.changed(*inputs) for draw in self._draws] or [inputs]
+            outputs = [self.network(*one) for one in drawn]
+            for place, (target, scale) in enumerate(
+                zip(self._config.targets, self._config.scales, strict=True)
+            ):
+                values = [
+                    member_values(z[place].cpu().double(), target, scale).mean(dim=1)
+                    for z in outputs
+                ]
+                parts[place].append(torch.stack(values).mean(dim=0).numpy())
         return {
             target.name: np.concatenate(values)
             for target, values in zip(self._config.targets, parts, strict=True)
@@ -345,6 +361,7 @@ def open_network(
             targets=targets,
             scales=scales,
             threads=params.threads,
+            predict_draws=params.draws_for_predictions,
         ),
         statistics,
         parts,

@@ -33,6 +33,15 @@ class WarmStart(Section):
     freeze: Annotated[tuple[str, ...], Field(strict=False)] = ()
 
 
+class PredictDraws(Section):
+    """Over which draws of noise and mask a prediction is the mean; part of a saved network."""
+
+    seed: int
+    draws: int
+    input_noise: float
+    column_mask: float
+
+
 class TrainingParams(Section):
     """What every network is trained with; a model's section adds its own shape to it."""
 
@@ -73,6 +82,8 @@ class TrainingParams(Section):
     # Share of itself that an average of the weights keeps at each update; the average is what is
     # validated and kept (see headrace.training.averaging). 0: no average
     weight_average: Share = 0.0
+    # Predictions are the mean over so many draws of noise and mask; 0: of the inputs as they are
+    predict_draws: Annotated[int, Field(ge=0, le=1000)] = 0
     warm_start: WarmStart | None = None
     # How batches reach the device; results do not depend on it. auto: resident where the set fits
     # half of a GPU's free memory, else prefetch there, plain elsewhere
@@ -81,6 +92,18 @@ class TrainingParams(Section):
     # Checks before and during training (see headrace.training.health). error: a network that fails
     # those before its first step is not trained
     health: Literal["warn", "error", "off"] = "warn"
+
+    @property
+    def draws_for_predictions(self) -> PredictDraws | None:
+        """How predictions are averaged, if they are."""
+        if not self.predict_draws:
+            return None
+        return PredictDraws(
+            seed=self.seed,
+            draws=self.predict_draws,
+            input_noise=self.input_noise,
+            column_mask=self.column_mask,
+        )
 
     @model_validator(mode="after")
     def _settings_take_effect(self) -> Self:
@@ -107,6 +130,11 @@ def _idle_settings(params: TrainingParams) -> list[str]:
         idle.append(
             f"micro_rows is {params.micro_rows}, but a batch has only batch_rows = "
             f"{params.batch_rows}"
+        )
+    if params.predict_draws and not (params.input_noise or params.column_mask):
+        idle.append(
+            f"predict_draws is {params.predict_draws}, but input_noise and column_mask are 0, so "
+            f"that all draws are the same"
         )
     return idle
 

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from headrace.errors import ConfigError, DataError, ResourceError
+from headrace.training.augment import Augmentation
 from headrace.training.device import RandomStream
 from headrace.training.distributed import GlobalBatchNorm1d, Ranks
 from headrace.training.learner import Learner, Losses
@@ -61,7 +62,9 @@ class Updater:
         self._clip_norm = params.clip_norm
         self._micro_rows = params.micro_rows
         self._optimiser = make_optimiser(learner.network, params)
-        self._precision = Precision(params.precision, _device_of(learner.network))
+        device = _device_of(learner.network)
+        self._precision = Precision(params.precision, device)
+        self._augmentation = Augmentation(params, device=device)
         self._spans_ranks = any(isinstance(m, GlobalBatchNorm1d) for m in learner.network.modules())
         if self._spans_ranks and params.micro_rows is not None:
             raise ConfigError(
@@ -88,6 +91,8 @@ class Updater:
             ResourceError: if memory runs out however small the parts.
         """
         network = self._learner.network
+        if self._augmentation.is_on:
+            batch = self._augmentation.changed(batch, rank=self._ranks.rank, step=self.step)
         for group in self._optimiser.param_groups:
             group["lr"] = rate
         if self._ranks.size > 1:
