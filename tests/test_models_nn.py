@@ -621,6 +621,19 @@ def test_a_column_without_two_values_is_0(column):
     assert curves(torch.tensor([[-5.0], [3.0], [7.0]])).tolist() == [[0], [0], [0]]
 
 
+def test_a_number_with_two_values_has_bins_too():
+    inputs = Inputs(numeric=("a", "b"), has_missing=(), categories=(), cardinalities=())
+    sample = InputSample(
+        np.tile(np.array([[-1.0, 3.0], [2.0, 3.0]], np.float32), (20, 1)),
+        np.zeros((40, 0), np.int32),
+        np.zeros((40, 1)),
+    )
+    found = design_of(numbers="piecewise").statistics(sample, inputs, seed=0)
+
+    assert [len(found[f"bins.{place}"]) for place in (0, 1)] == [3, 3]
+    assert all((found[f"bins.{place}"].diff() > 0).all() for place in (0, 1))
+
+
 @pytest.mark.parametrize("numbers", ["piecewise", "periodic", "plain"])
 @pytest.mark.parametrize("members", [1, 3])
 def test_every_form_of_input_learns_and_is_saved(views, tmp_path, numbers, members):

@@ -271,9 +271,12 @@ def embedding_sizes(cardinalities: Sequence[int], most: int) -> tuple[int, ...]:
 
 
 def _increasing(edges: Floats) -> npt.NDArray[np.float32]:
-    """Return the different edges as float32; at least one bin, around 0 if there is none."""
+    """Return the different edges as float32; two bins at least, of which the package warns less."""
     found = np.unique(edges.astype(np.float32))
-    return found if len(found) > 1 else np.array([-1.0, 1.0], np.float32)
+    if len(found) > 2:
+        return found
+    low, high = (found[0], found[-1]) if len(found) == 2 else (-1.0, 1.0)
+    return np.array([low, (low + high) / 2, high], np.float32)
 
 
 def _trunk(sizes: Sequence[int], design: MlpDesign) -> nn.Sequential:
