@@ -18,7 +18,7 @@ _GROUP_BYTES = 32 * _MIB  # decoded values of a row group
 _PREDICTION_BYTES = 90  # of a row and target on disk
 # After which early stopping ends a training, more or less.
 _TREES = 300
-_EPOCHS_OF_MANY, _EPOCHS_OF_FEW = 8, 15  # rows
+_EPOCHS_OF_MANY, _EPOCHS_OF_FEW = 8, 60  # rows
 TRAIN_SHARE, HELD_OUT_SHARE = 0.7, 0.3
 
 
@@ -59,6 +59,8 @@ def stage_cost(
     stage: str, shape: Shape, params: Mapping[str, float], resources: Resources, num_models: int
 ) -> Cost:
     """Return the cost of ``stage``; ``params`` are the numbers of its section that matter.
+
+    Among them ``fits`` is how many models a bag is made of.
 
     A kind of model without measured rates costs what the network does.
     """
@@ -103,7 +105,9 @@ def _streamed(stage: str, shape: Shape) -> Cost:
 
 def _train(model: str, shape: Shape, params: Mapping[str, float]) -> Cost:
     rows, held_out = shape.num_rows * TRAIN_SHARE, shape.num_rows * HELD_OUT_SHARE
-    written = int(2 * _MIB + held_out * shape.num_targets * _PREDICTION_BYTES)
+    fits = params.get("fits", 1)
+    predicted = held_out if fits == 1 else shape.num_rows
+    written = int(2 * _MIB * fits + predicted * shape.num_targets * _PREDICTION_BYTES)
     if model == "baseline":
         return Cost(1.0 + shape.num_rows * 2e-6, _PROCESS_BYTES + int(held_out * 100), written)
     if model == "catboost":
@@ -112,11 +116,12 @@ def _train(model: str, shape: Shape, params: Mapping[str, float]) -> Cost:
         learnt = rows * held / max(needed, 1.0)
         trees = min(params.get("iterations", 2000), _TREES)
         tree_s = 0.003 + learnt * (1e-8 * shape.num_numbers + 13e-8 * shape.num_categories)
-        seconds = 2.0 + shape.num_targets * trees * tree_s
+        seconds = 2.0 + fits * shape.num_targets * trees * tree_s
         return Cost(seconds, _PROCESS_BYTES + int(1.5 * held), written)
     usual = _EPOCHS_OF_MANY if rows > 50_000 else _EPOCHS_OF_FEW
     epochs = min(params.get("max_epochs", usual), usual)
-    seconds = 4.0 + epochs * rows * (8e-6 + shape.num_inputs * 1e-6)
+    row_s = 6e-6 + 0.5e-6 * shape.num_inputs + 6e-6 * params.get("members", 1)
+    seconds = 4.0 + fits * (1.0 + epochs * rows * row_s)
     return Cost(seconds, 2 * _PROCESS_BYTES + int(held_out * 200), written)
 
 

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from headrace.commands.costs import Cost, Shape, stage_cost
 from headrace.commands.pipeline import Dag, changes, locked_entries, read_dag, use_without_git
@@ -22,6 +22,7 @@ from headrace.commands.upgrade import declared_sources, has_example
 from headrace.commands.why import Verdict, judge
 from headrace.errors import IntegrityError, ResourceError
 from headrace.memory import format_bytes
+from headrace.models.protocol import FitParams
 from headrace.params import Resources
 from headrace.project import LOCK, Project
 from headrace.schema import FEATURE_ROLES, read_contract
@@ -30,6 +31,7 @@ from headrace.tracking.history import list_runs, read_run, run_path
 
 if TYPE_CHECKING:
     from headrace.data.scan import Source
+    from headrace.stages.extract import ExtractParams
 
 RUN_BYTES = 430 << 20  # flow, its server and DVC beside a stage (measured)
 _DVC_BYTES = 130 << 20
@@ -383,11 +385,15 @@ def _cost(
     earlier: Mapping[str, _Earlier],
     scale: float | None,
 ) -> tuple[Cost, str]:
+    section = settings.section(stage)
     numbers = {
         name: float(value)
-        for name, value in settings.section(stage).model_dump().items()
+        for name, value in section.model_dump().items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     }
+    if isinstance(section, FitParams) and section.bag != "none":
+        extract = cast("ExtractParams", settings.section("extract"))
+        numbers["fits"] = float(extract.folds)
     cost = stage_cost(stage, shape, numbers, resources, len(settings.models))
     if stage not in earlier or scale is None:
         return cost, "rates"
