@@ -11,6 +11,7 @@ from headrace.data.predictions import Predictions, write_predictions
 from headrace.schema import SPLITS, Column, Contract, Split, Target
 from headrace.storage import new_folder, write_file
 
+SPLITS_OF_ROWS = ("train", "valid", "test")
 DELAY = Target(name="delay", task="regression")
 LATE = Target(name="late", task="binary", labels=("no", "yes"))
 CARRIER = Target(name="carrier", task="multiclass", labels=("AA", "BB", "CC"))
@@ -19,13 +20,17 @@ BY_TIME = Split(kind="time", column="when")
 
 @dataclass
 class Case:
-    """Rows of valid and test over a number of days, and how well each model knows the truth."""
+    """Rows over a number of days, as many per split, and how well each model knows the truth.
+
+    Models predict train rows out of fold, in five folds, but for those ``without_train``.
+    """
 
     targets: tuple[Target, ...] = (DELAY, LATE)
     num_rows: int = 600
     num_days: int = 30
     seed: int = 0
     noise: dict[str, float] = field(default_factory=lambda: {"plain": 3.0, "sharp": 1.0})
+    without_train: tuple[str, ...] = ()
     has_weight: bool = False
     labels: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)  # split → target
     split: Split | None = BY_TIME
@@ -33,9 +38,16 @@ class Case:
     more_times: tuple[str, ...] = ()  # columns of role time before ``when``: all of one day
 
     def __post_init__(self):
-        rng = np.random.default_rng(self.seed)
         self.row_id, self.day, self.latent = {}, {}, {}
-        for number, split in enumerate(("valid", "test")):
+        self._noise = {model: {} for model in self.noise}
+        self._fill(("valid", "test"), np.random.default_rng(self.seed))
+        self._fill(("train",), np.random.default_rng([self.seed, 1]))
+        self.fold = np.arange(self.num_rows) % 5
+        self.weight = np.random.default_rng([self.seed, 2]).uniform(0.5, 2, self.num_rows)
+
+    def _fill(self, splits, rng):
+        for split in splits:
+            number = ("valid", "test", "train").index(split)
             low = -(2**62) + number * 10**6
             self.row_id[split] = np.sort(rng.choice(10**6, self.num_rows, replace=False)) + low
             self.day[split] = rng.integers(0, self.num_days, self.num_rows)
@@ -44,11 +56,9 @@ class Case:
             self.labels[split] = {
                 target.name: self._label(target, split) for target in self.targets
             }
-        self.weight = rng.uniform(0.5, 2, self.num_rows)
-        self._noise = {
-            model: {split: rng.normal(0, scale, self.num_rows) for split in ("valid", "test")}
-            for model, scale in self.noise.items()
-        }
+        for model, scale in self.noise.items():
+            for split in splits:
+                self._noise[model][split] = rng.normal(0, scale, self.num_rows)
 
     def _label(self, target, split):
         latent = self.latent[split]
@@ -73,13 +83,14 @@ class Case:
         return Contract(columns=tuple(columns), targets=self.targets, split=self.split)
 
     def write_table(self, folder: Path) -> Path:
+        no_fold = [None] * self.num_rows
         with new_folder(folder) as private:
             write_file(private / "contract.json", self.contract().to_json())
-            for split in ("valid", "test"):
+            for split in SPLITS_OF_ROWS:
                 seconds = (19000 + self.day[split]) * 86_400
                 columns = {
                     "row_id": pa.array(self.row_id[split]),
-                    "fold": pa.nulls(self.num_rows, pa.int8()),
+                    "fold": pa.array(self.fold if split == "train" else no_fold, pa.int8()),
                     "when": pa.array(seconds * 1_000_000).cast(pa.timestamp("us")),
                 }
                 for number, name in enumerate(self.groups):
@@ -111,17 +122,24 @@ class Case:
         return np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
 
     def predictions(self, target: Target, model: str) -> Predictions:
-        splits = ("valid", "test")
+        """Return what the model's stage writes: train rows by models of the other four folds."""
+        splits = SPLITS_OF_ROWS[model in self.without_train :]
         row_id = np.concatenate([self.row_id[split] for split in splits])
+        fold = np.full(len(row_id), -1, np.int8)
+        if splits[0] == "train":
+            fold[: self.num_rows] = self.fold
         return Predictions(
             model=model,
             target=target.name,
             row_id=row_id,
-            fold=np.full(len(row_id), -1, np.int8),
+            fold=fold,
             split=np.repeat(np.array([SPLITS.index(s) for s in splits], np.int8), self.num_rows),
             values=np.concatenate([self.prediction(target, model, split) for split in splits]),
-            folds_seen=((),),
-            seen=np.zeros(len(row_id), np.int32),
+            folds_seen=(
+                (0, 1, 2, 3, 4),
+                *(tuple(other for other in range(5) if other != own) for own in range(5)),
+            ),
+            seen=(fold + 1).astype(np.int32),
         )
 
     def write_model(self, folder: Path, model: str, change=lambda predictions: predictions) -> Path:

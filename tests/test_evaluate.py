@@ -329,8 +329,8 @@ def test_few_units_are_warned_of(tmp_path):
 
 def test_one_day_gives_values_without_intervals(tmp_path):
     """And the reason beside them."""
-    _, out, _ = run(Case(num_days=1, targets=(LATE,)), tmp_path)
-    found = read_json(out / "comparison.json")["targets"]["late"]["models"]["sharp"]["roc_auc"]
+    _, out, _ = run(Case(num_days=1, targets=(DELAY,)), tmp_path)
+    found = read_json(out / "comparison.json")["targets"]["delay"]["models"]["sharp"]["rmse"]
     assert found["value"] is not None
     assert found["ci_low"] is None
     assert found["reason"] == "1 day: an interval needs at least 2"

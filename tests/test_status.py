@@ -145,7 +145,7 @@ def test_the_end_of_a_run_names_unit_ties_lineage_and_next_step(tmp_path):
     assert [one.model for one in results(project)] == ["stack", "nn", "baseline"]
     assert "late: AUC on test rows, 95 % interval over 45 days" in text
     assert "0.7000 [0.6900, 0.7100]" in text
-    assert "stack was chosen on valid rows; tied with it: nn" in text
+    assert "stack was chosen without test rows; tied with it: nn" in text
     assert "1.5 GiB" in text
     assert "budget 1.0 GiB" in text
     assert "looked at: once" in text

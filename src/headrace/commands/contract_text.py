@@ -219,7 +219,7 @@ def _rest(draft: Draft) -> str:
         "  min_count: 2  # train rows that a category's value needs to have its own code\n"
         "\n# How each model is trained; early stopping looks at an inner part of the train rows.\n"
         f"train:\n{own}"
-        "\n# The blend: weights are chosen on the valid rows, and so is the best model.\n"
+        "\n# The blend: fitted on out-of-fold train rows; the best single model is by valid rows.\n"
         "stack:\n"
         "  rounds: 50\n"
         "\n# Metrics on the test rows with bootstrap intervals, and paired differences.\n"

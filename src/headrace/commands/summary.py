@@ -81,7 +81,7 @@ def _tie_sentences(own: Sequence[Result]) -> list[str]:
     if not chosen:
         return []
     ties = f"tied with it: {', '.join(tied)}" if tied else "no other model is tied with it"
-    lines = [f"{chosen[0]} was chosen on valid rows; {ties}"]
+    lines = [f"{chosen[0]} was chosen without test rows; {ties}"]
     if better:
         lines.append(f"better on these rows, which do not choose: {', '.join(better)}")
     return lines

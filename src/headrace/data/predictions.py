@@ -50,7 +50,10 @@ class Predictions:
 
     def of_split(self, split: str) -> "Predictions":
         """Return the rows of one split."""
-        keep = self.split == SPLITS.index(split)
+        return self.where(self.split == SPLITS.index(split))
+
+    def where(self, keep: npt.NDArray[np.bool_]) -> "Predictions":
+        """Return the rows to keep."""
         return Predictions(
             self.model,
             self.target,
@@ -128,22 +131,6 @@ def bytes_held(folder: Path, target: Target) -> int:
     """
     num_rows: int = pq.read_metadata(_existing(folder, target)).num_rows
     return num_rows * (8 + 1 + 1 + 4 + 8 * target.num_outputs)
-
-
-def merge_seen(
-    members: Sequence[Predictions],
-) -> tuple[tuple[tuple[int, ...], ...], npt.NDArray[np.int32]]:
-    """Return ``folds_seen`` and ``seen`` of a blend of ``members``, whose rows are the same."""
-    folds, seen = members[0].folds_seen, members[0].seen
-    for member in members[1:]:
-        pairs = seen.astype(np.int64) * len(member.folds_seen) + member.seen
-        present, codes = np.unique(pairs, return_inverse=True)
-        folds = tuple(
-            tuple(sorted({*folds[left], *member.folds_seen[right]}))
-            for left, right in (divmod(int(pair), len(member.folds_seen)) for pair in present)
-        )
-        seen = codes.astype(np.int32)
-    return folds, seen
 
 
 def _tables(

@@ -1,17 +1,17 @@
 """Models beside each other on the same rows: each metric's interval, and paired differences.
 
-The reference is the model that was chosen on valid rows. Another model is *tied* with it where the
-interval of their difference, taken on the same resamples, includes 0. Test rows describe; they do
-not choose: a model that is better here stays unchosen, and the table says so.
+The reference is the model that was chosen without test rows. Another model is *tied* with it where
+the interval of their difference, taken on the same resamples, includes 0. Test rows describe; they
+do not choose: a model that is better here stays unchosen, and the table says so.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from headrace.evaluation.blend import rounded
 from headrace.evaluation.bootstrap import Interval, Resampling, Scored, Units, difference, interval
 from headrace.evaluation.metrics import METRICS, Metric, MetricName
-from headrace.evaluation.selection import rounded
 from headrace.schema import Task
 
 Verdict = Literal["chosen", "tied", "better", "worse", "unknown"]

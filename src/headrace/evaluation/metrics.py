@@ -103,6 +103,11 @@ class Sample:
     prediction: Floats
     weight: Floats | None = None
 
+    def where(self, keep: npt.NDArray[np.bool_]) -> "Sample":
+        """Return the rows to keep."""
+        weight = None if self.weight is None else self.weight[keep]
+        return Sample(self.task, self.truth[keep], self.prediction[keep], weight)
+
 
 @dataclass(frozen=True)
 class Terms:

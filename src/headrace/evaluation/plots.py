@@ -47,7 +47,7 @@ def forest(comparison: Comparison, *, confidence: float) -> Figure:
     return Figure(
         "forest",
         f"{comparison.target}: metrics with {confidence:.0%} intervals",
-        f"Diamond and dotted line: chosen on valid. Blue: tied with it; orange: worse; green: "
+        f"Diamond and dotted line: chosen. Blue: tied with it; orange: worse; green: "
         f"better. {primary.title}: {values}",
         svg,
         is_wide=True,

@@ -12,13 +12,14 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from headrace.evaluation.blend import blend_of
 from headrace.evaluation.bootstrap import FEW_UNITS, Interval
 from headrace.evaluation.canvas import Figure
 from headrace.evaluation.comparison import Comparison, Judged
 from headrace.evaluation.metrics import METRICS, Metric
 
 _MARKS = {
-    "chosen": ("◆", "chosen on valid rows"),
+    "chosen": ("◆", "chosen without test rows"),
     "tied": ("≈", "tied with the chosen model: the interval of their difference includes 0"),
     "better": ("▲", "better than the chosen model here; test rows do not choose"),
     "worse": ("▽", "worse than the chosen model: the interval of their difference excludes 0"),
@@ -109,9 +110,7 @@ def _target_view(section: TargetSection, inputs: ReportInputs) -> dict[str, Any]
         "few": FEW_UNITS,
         "models": [_model_view(model, comparison, metrics, primary) for model in comparison.models],
         "selection": section.selection,
-        "weights": {
-            name: weight for name, weight in section.selection["weights"].items() if weight
-        },
+        "blend": str(blend_of(section.selection["blend"])),
         "figures": [_figure_view(figure) for figure in section.figures],
         "num_resamples": inputs.settings["num_resamples"],
     }

@@ -1,12 +1,12 @@
 """The published model: one folder that takes raw rows and gives predictions for every target.
 
 It holds the data contract, the encoder, the members that at least one target uses, and their
-weights, all in native formats (JSON, safetensors, .cbm); nothing in it is a pickle. Its bytes are a
+blends, all in native formats (JSON, safetensors, .cbm); nothing in it is a pickle. Its bytes are a
 function of the stages before it, so its digest names the model.
 
 Predicting checks the rows against the contract, narrows their types, encodes them once, asks each
-member once and mixes what they say with the weights chosen on valid rows. Rows keep their order
-and number. A category that train rows did not have is "unknown" to the models, a null is missing.
+member once and blends what they say as the stage ``stack`` did. Rows keep their order and number.
+A category that train rows did not have is "unknown" to the models, a null is missing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from pydantic import Field, ValidationError
 
 from headrace.data.incoming import InputColumn, conform, from_pandas
 from headrace.errors import IntegrityError
-from headrace.evaluation.selection import mix
+from headrace.evaluation.blend import Blend
 from headrace.models.protocol import FittedModel, Values, load_model
 from headrace.params import Section
 from headrace.schema import Contract, Target, read_contract
@@ -39,16 +39,16 @@ REQUIREMENTS = "requirements.txt"
 
 
 class Mixture(Section):
-    """How one target is predicted: the model chosen for it, and its members with their weights."""
+    """How one target is predicted: the model chosen for it, and how its members are blended."""
 
     chosen: str
-    weights: dict[str, Annotated[float, Field(gt=0)]]
+    blend: Blend
 
 
 class Description(Section):
     """The content of package.json."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     name: str
     contract: str  # digest of contract.json
     inputs: Annotated[tuple[InputColumn, ...], Field(strict=False)]
@@ -60,7 +60,7 @@ class Description(Section):
     @property
     def members(self) -> tuple[str, ...]:
         """Names of all members that some target uses, sorted."""
-        return tuple(sorted({name for one in self.targets.values() for name in one.weights}))
+        return tuple(sorted({name for one in self.targets.values() for name in one.blend.members}))
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,8 @@ class Package:
         told = self._ask_members(inputs)
         columns: list[pa.Array] = []
         for target in self.contract.targets:
-            weights = self.description.targets[target.name].weights
-            values = mix({name: told[name][target.name] for name in weights}, weights)
+            blend = self.description.targets[target.name].blend
+            values = blend.of({name: told[name][target.name] for name in blend.members})
             columns += _columns(values, target, threshold=self.description.threshold)
         return pa.Table.from_arrays(columns, schema=self.output_schema)
 
@@ -164,9 +164,9 @@ def read_description(folder: Path) -> Description:
     """
     path = folder / PACKAGE
     content = read_json(path)
-    if isinstance(content, dict) and content.get("format") != 1:
+    if isinstance(content, dict) and content.get("format") != 2:
         raise IntegrityError(
-            f"{path} has package format {content.get('format')}; this headrace reads format 1: "
+            f"{path} has package format {content.get('format')}; this headrace reads format 2: "
             f"run `headrace upgrade`, then `headrace repro`"
         )
     try:

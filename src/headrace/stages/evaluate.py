@@ -1,7 +1,7 @@
 """Stage ``evaluate``: every model on the test rows, with intervals, comparisons and a report.
 
 This is the one place where labels of test rows are read. It reports and chooses nothing: which
-model leads each table was settled on valid rows by ``stack``. One run is one look at the test set,
+model leads each table was settled by ``stack``, without them. One run is one look at the test set,
 told to the recorder once, by the digest of the test rows' ids.
 """
 
@@ -19,6 +19,7 @@ from headrace.data.predictions import bytes_held, read_predictions
 from headrace.data.table import Table, open_table
 from headrace.data.truth import Truth, UnitChoice, line_up, read_truth
 from headrace.errors import DataError, IntegrityError, ResourceError
+from headrace.evaluation.blend import rounded
 from headrace.evaluation.bootstrap import (
     FEW_UNITS,
     Resampling,
@@ -32,7 +33,7 @@ from headrace.evaluation.comparison import Comparison, comparison_json, judge, m
 from headrace.evaluation.figures import Points, draw
 from headrace.evaluation.metrics import Sample
 from headrace.evaluation.report import ReportInputs, TargetSection, interval_text, render_report
-from headrace.evaluation.selection import STACK, rounded
+from headrace.evaluation.selection import STACK
 from headrace.memory import format_bytes
 from headrace.params import Resources, Section
 from headrace.record import Recorder
@@ -316,8 +317,8 @@ def _read_selection(
 ) -> dict[str, Mapping[str, Any]]:
     path = stack / _SELECTION
     content = read_json(path)
-    if not isinstance(content, dict) or content.get("format") != 1:
-        raise IntegrityError(f"{path} is not a selection of format 1; run `headrace repro`")
+    if not isinstance(content, dict) or content.get("format") != 2:
+        raise IntegrityError(f"{path} is not a selection of format 2; run `headrace repro`")
     targets: dict[str, Mapping[str, Any]] = content["targets"]
     wanted = [target.name for target in contract.targets]
     if sorted(targets) != sorted(wanted):
@@ -326,10 +327,11 @@ def _read_selection(
             f"run `headrace repro`"
         )
     for name, entry in targets.items():
-        if sorted(entry["weights"]) != sorted(members):
+        ranked = sorted(line["model"] for line in entry["ranking"])
+        if ranked != sorted(members):
             raise IntegrityError(
-                f"{path}, target {name!r}, was made from the models {sorted(entry['weights'])}, "
-                f"params.yaml has {sorted(members)}; run `headrace repro`"
+                f"{path}, target {name!r}, was made from the models {ranked}, params.yaml has "
+                f"{sorted(members)}; run `headrace repro`"
             )
     return targets
 

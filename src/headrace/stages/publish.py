@@ -1,7 +1,7 @@
 """Stage ``publish``: the models that were chosen, in one folder that takes raw rows.
 
-Only members with a weight in the choice of some target are copied; what ``stack`` chose from valid
-rows is what is published, and test rows are not looked at. The package scores its own input example
+Only members that count in the choice of some target are copied; what ``stack`` chose is what is
+published, and test rows are not looked at. The package scores its own input example
 before it gets its name, so a package that cannot be loaded is never published.
 
 Nothing here depends on the machine: ``requirements.txt`` repeats the version ranges that headrace
@@ -26,6 +26,7 @@ from pydantic import Field
 from headrace.data.encoder import open_encoder
 from headrace.data.incoming import InputColumn
 from headrace.errors import IntegrityError, SchemaError
+from headrace.evaluation.blend import MeanBlend, blend_of
 from headrace.evaluation.selection import STACK
 from headrace.lineage import code_files
 from headrace.models.package import (
@@ -74,13 +75,11 @@ class Published:
 
     name: str
     digest: str
-    chosen: Mapping[str, Mapping[str, float]]  # target -> member -> weight
+    blends: Mapping[str, str]  # target -> its members and how much they count
 
     def __str__(self) -> str:
         lines = [f"package {self.name}, digest {self.digest[:16]}"]
-        for target, weights in self.chosen.items():
-            parts = ", ".join(f"{name} {weight:.2f}" for name, weight in weights.items())
-            lines.append(f"{target}: {parts}")
+        lines += [f"{target}: {told}" for target, told in self.blends.items()]
         return "\n".join(lines)
 
 
@@ -121,7 +120,7 @@ def publish(
         write_file(folder / REQUIREMENTS, "".join(f"{r}\n" for r in requirements(kinds)))
         _score_example(assemble(folder, digest=""))
     published = Published(
-        params.name, folder_digest(out), {t: one.weights for t, one in mixtures.items()}
+        params.name, folder_digest(out), {t: str(one.blend) for t, one in mixtures.items()}
     )
     recorder.params({"package": published.digest, "name": params.name})
     recorder.note(_note(published))
@@ -156,17 +155,15 @@ def _mixtures(
                 f"{selection} chooses no model for target {target.name!r}; run `headrace repro`"
             )
         entry = chosen[target.name]
-        weights = {entry["chosen"]: 1.0}
-        if entry["chosen"] == STACK:
-            weights = {name: float(weight) for name, weight in sorted(entry["weights"].items())}
-        used = {name: weight for name, weight in weights.items() if weight > 0}
-        absent = [name for name in used if name not in members]
+        is_stack = entry["chosen"] == STACK
+        blend = blend_of(entry["blend"]) if is_stack else MeanBlend(weights={entry["chosen"]: 1.0})
+        absent = [name for name in blend.members if name not in members]
         if absent:
             raise IntegrityError(
                 f"{selection} chooses {absent} for target {target.name!r}, which are not among "
                 f"`models` in params.yaml; run `headrace repro`"
             )
-        mixtures[target.name] = Mixture(chosen=entry["chosen"], weights=used)
+        mixtures[target.name] = Mixture(chosen=entry["chosen"], blend=blend)
     return mixtures
 
 
@@ -266,7 +263,5 @@ def _note(published: Published) -> str:
         "| target | members |",
         "|---|---|",
     ]
-    for target, weights in published.chosen.items():
-        parts = ", ".join(f"{name} {weight:.2f}" for name, weight in weights.items())
-        lines.append(f"| {target} | {parts} |")
+    lines += [f"| {target} | {told} |" for target, told in published.blends.items()]
     return "\n".join(lines)

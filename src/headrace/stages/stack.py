@@ -1,22 +1,24 @@
-"""Stage ``stack``: blend the models and choose one per target, from valid rows alone.
+"""Stage ``stack``: blend the models and choose one per target; no label of a test row is read.
 
-It reads the members' predictions, the labels of valid rows and no other label. Test rows are
-blended, but nothing here looks at how well.
+Which rows rank, fit and judge is told in ``headrace.evaluation.selection``; docs/stacking.md has an
+example. What is written are predictions of valid and test rows: those of train rows would come from
+weights that all train rows, their own included, have set.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import Field
 
 from headrace.data.predictions import (
     VALID_SEEN,
     Predictions,
     bytes_held,
-    merge_seen,
     read_predictions,
     write_predictions,
 )
@@ -24,21 +26,35 @@ from headrace.data.table import Table, open_table
 from headrace.data.truth import Truth, UnitChoice, line_up, read_truth
 from headrace.errors import ConfigError, DataError, ResourceError, nearest
 from headrace.evaluation.bootstrap import Resampling, Units, bytes_needed
+from headrace.evaluation.greedy import greedy_blend
+from headrace.evaluation.linear import linear_blend
 from headrace.evaluation.metrics import DEFAULT_METRIC, Metric, MetricName, Sample, metric_of
-from headrace.evaluation.selection import STACK, Choice, choice_json, choose, mix
+from headrace.evaluation.selection import (
+    NUM_PARTS,
+    STACK,
+    Choice,
+    FitBlend,
+    LabelledRows,
+    choice_json,
+    choose,
+)
 from headrace.memory import format_bytes
 from headrace.params import Resources, Section
 from headrace.record import Recorder
 from headrace.schema import SPLITS, Contract, Target
 from headrace.storage import new_folder, verify_folder, write_json
 
+Floats: TypeAlias = npt.NDArray[np.float64]
 SELECTION = "selection.json"
 
 
 class StackParams(Section):
     """Section ``stack`` of params.yaml: how members are blended and the best one is chosen."""
 
-    rounds: Annotated[int, Field(ge=1, le=10_000)] = 50  # picks with replacement
+    # greedy: a weighted mean that does best by the metric. linear: a ridge regression, or a
+    # logistic one on logits; it minimises its own loss, squared or logarithmic.
+    method: Literal["greedy", "linear"] = "greedy"
+    rounds: Annotated[int, Field(ge=1, le=10_000)] = 50  # greedy: picks with replacement
     # Per target; a target that is not named has RMSE, ROC-AUC or log-loss, by its task.
     metric: Annotated[dict[str, MetricName], Field(default_factory=dict)]
     num_resamples: Annotated[int, Field(ge=100, le=1_000_000)] = 1000
@@ -58,6 +74,22 @@ class Stacked:
         return "\n".join(f"{name}: {c.chosen} ({c.reason})" for name, c in self.choices.items())
 
 
+@dataclass(frozen=True)
+class Members:
+    """What the members predict for one target; the rows, in order, are the same for all.
+
+    ``held_out`` has no values of its own: its rows are those of valid and test. Shapes per model:
+    ``values`` of these rows; ``out_of_fold`` of the train rows that have a label, in the order of
+    the table, for the models that predict them; ``fold`` (rows,) of these.
+    """
+
+    held_out: Predictions
+    values: Mapping[str, Floats]
+    out_of_fold: Mapping[str, Floats]
+    fold: npt.NDArray[np.int64]
+    folds_seen: frozenset[int]  # by any member, for any row
+
+
 def stack(
     table: Path,
     members: Mapping[str, Path],
@@ -67,60 +99,74 @@ def stack(
     resources: Resources,
     recorder: Recorder,
 ) -> Stacked:
-    """Blend ``members`` with weights chosen on valid rows; fall back to the best single model.
+    """Blend ``members`` and choose the blend or the best single model, per target.
 
-    Writes selection.json and predictions of the model ``stack``, of every row all members predict.
+    Writes selection.json and predictions of the model ``stack`` for valid and test rows.
 
     Raises:
         ConfigError: a metric that the target's task does not have, or for no target.
         DataError: members that predict different rows, or rows that a member was fitted on.
-        ResourceError: valid rows that do not fit the memory budget, with the figure needed.
+        ResourceError: rows that do not fit the memory budget, with the figure needed.
     """
     source = open_table(table)
     metrics = _metrics(source.contract, params)
     for folder in members.values():
         verify_folder(folder)
     _require_memory(source, members, resources)
-    truth = read_truth(source, "valid", unit=params.unit, key="stack.unit")
-    recorder.dataset(
-        "valid", path=table, digest=truth.digest, num_rows=len(truth.row_id), context="valid"
-    )
+    valid = _truth(source, "valid", params, recorder)
+    train = _truth(source, "train", params, recorder)
     choices: dict[str, Choice] = {}
     with new_folder(out) as folder:
         for target in source.contract.targets:
-            predictions = read_members(members, target)
-            choices[target.name] = _choose(
-                predictions, truth, target, metrics[target.name], params, resources
-            )
-            blended = _blended(predictions, choices[target.name].weights)
-            write_predictions(folder, blended, target)
+            told = read_members(members, target, train)
+            choice = _choose(told, valid, train, target, metrics[target.name], params, resources)
+            write_predictions(folder, _blended(told, choice), target)
+            choices[target.name] = choice
             recorder.progress(len(choices), len(source.contract.targets), unit="targets")
         targets = {name: choice_json(choice) for name, choice in choices.items()}
-        write_json(folder / SELECTION, {"format": 1, "targets": targets})
+        write_json(folder / SELECTION, {"format": 2, "targets": targets})
     _record(choices, recorder)
     return Stacked(choices)
 
 
-def read_members(members: Mapping[str, Path], target: Target) -> dict[str, Predictions]:
-    """Read every member's predictions of one target; all of the same rows, none seen in training.
+def read_members(members: Mapping[str, Path], target: Target, train: Truth) -> Members:
+    """Read every member's predictions of one target, one file at a time.
 
     Raises:
-        DataError: rows that not all members predict, or that a member was fitted on: with the
-            count and the first row ids.
+        DataError: valid or test rows that not all members predict, labelled train rows that a
+            member predicts in part, or rows that a member was fitted on: with the count and the
+            first row ids.
     """
-    predictions = {name: read_predictions(folder, target) for name, folder in members.items()}
-    first_name, first = next(iter(predictions.items()))
-    for name, found in predictions.items():
+    first: Predictions | None = None
+    values: dict[str, Floats] = {}
+    out_of_fold: dict[str, Floats] = {}
+    fold = np.empty(0, np.int64)
+    folds_seen: set[int] = set()
+    for name, folder in members.items():
+        found = read_predictions(folder, target)
         _refuse_seen(name, found)
-        different = np.setxor1d(first.row_id, found.row_id)
-        if len(different):
-            raise DataError(
-                f"target {target.name!r}: models {first_name!r} and {name!r} predict different "
-                f"rows: {len(different)} row ids are in one and not in the other, first "
-                f"{[str(i) for i in different[:5]]}; train both again on the same table "
-                f"(`headrace repro`)"
-            )
-    return predictions
+        folds_seen.update(*found.folds_seen)
+        of_train = found.of_split("train")
+        if len(of_train.row_id):
+            places = line_up(of_train, train, ~np.isnan(train.labels[target.name]))
+            out_of_fold[name] = of_train.values[places]
+            fold = of_train.fold[places].astype(np.int64)
+        held_out = found.where(found.split != SPLITS.index("train"))
+        values[name] = held_out.values
+        if first is None:
+            first = held_out
+        else:
+            _refuse_different(first, held_out)
+    assert first is not None  # there is a model at least
+    return Members(first, values, out_of_fold, fold, frozenset(folds_seen))
+
+
+def _truth(source: Table, split: str, params: StackParams, recorder: Recorder) -> Truth:
+    truth = read_truth(source, split, unit=params.unit, key="stack.unit")
+    recorder.dataset(
+        split, path=source.folder, digest=truth.digest, num_rows=len(truth.row_id), context=split
+    )
+    return truth
 
 
 def _metrics(contract: Contract, params: StackParams) -> dict[str, Metric]:
@@ -141,28 +187,30 @@ def _metrics(contract: Contract, params: StackParams) -> dict[str, Metric]:
 
 
 def _require_memory(source: Table, members: Mapping[str, Path], resources: Resources) -> None:
-    num_rows, num_members = source.num_rows("valid"), len(members)
-    needed = max(
-        _bytes_needed(num_rows, members, target) for target in source.contract.targets
-    ) + num_rows * 8 * (3 + len(source.contract.targets))  # ids, units, weight and labels
+    num_rows = {split: source.num_rows(split) for split in ("train", "valid")}
+    words = 3 + len(source.contract.targets)  # ids, units, weight and labels
+    needed = 8 * words * sum(num_rows.values()) + max(
+        _bytes_needed(max(num_rows.values()), members, target) for target in source.contract.targets
+    )
     if needed > resources.memory_budget:
         raise ResourceError(
-            f"stage stack needs about {format_bytes(needed)} for {num_rows} valid rows and "
-            f"{num_members} models, and may use {format_bytes(resources.memory_budget)}; raise "
-            f"`resources.memory_budget` or give valid a smaller share in `extract.split`"
+            f"stage stack needs about {format_bytes(needed)} for {num_rows['train']} train rows, "
+            f"{num_rows['valid']} valid rows and {len(members)} models, and may use "
+            f"{format_bytes(resources.memory_budget)}; raise `resources.memory_budget`, or stack "
+            f"fewer `models`"
         )
 
 
 def _bytes_needed(num_rows: int, members: Mapping[str, Path], target: Target) -> int:
-    """Return what one target holds: all members' predictions, of all their rows, are read first.
+    """Return what one target holds: the values of all members, of all their rows.
 
-    On top come either samples of the valid rows and one bootstrap, or the blend while it is made
-    and written: its values twice, its order, its codes.
+    Beside them lies one file with its part of train rows while it is read, the samples of all folds
+    but one while a blend is fitted, or one bootstrap of the rows it is judged on.
     """
     read = [bytes_held(folder, target) for folder in members.values()]
-    choosing = bytes_needed(num_rows, target.num_outputs)
-    choosing += 8 * num_rows * target.num_outputs * (len(members) + 3)
-    return sum(read) + max(choosing, 3 * max(read))
+    values = 8 * num_rows * target.num_outputs
+    fitting = values * (2 * len(members) + 3)
+    return sum(read) + max(2 * max(read), fitting, bytes_needed(num_rows, target.num_outputs))
 
 
 def _refuse_seen(name: str, predictions: Predictions) -> None:
@@ -182,56 +230,120 @@ def _refuse_seen(name: str, predictions: Predictions) -> None:
         )
 
 
+def _refuse_different(first: Predictions, other: Predictions) -> None:
+    different = np.setxor1d(first.row_id, other.row_id)
+    if len(different):
+        raise DataError(
+            f"target {first.target!r}: models {first.model!r} and {other.model!r} predict "
+            f"different rows: {len(different)} row ids are in one and not in the other, first "
+            f"{[str(i) for i in different[:5]]}; train both again on the same table "
+            f"(`headrace repro`)"
+        )
+
+
 def _choose(
-    predictions: Mapping[str, Predictions],
-    truth: Truth,
+    told: Members,
+    valid: Truth,
+    train: Truth,
     target: Target,
     metric: Metric,
     params: StackParams,
     resources: Resources,
 ) -> Choice:
-    is_labelled = ~np.isnan(truth.labels[target.name])
+    is_labelled = ~np.isnan(valid.labels[target.name])
     if not is_labelled.any():
         raise DataError(
             f"target {target.name!r} has no label in any of the {len(is_labelled)} valid rows, so "
             f"no model can be chosen; change `extract.split` in params.yaml"
         )
-    weight = None if truth.weight is None else truth.weight[is_labelled]
-    samples = {}
-    for name, found in predictions.items():
-        of_valid = found.of_split("valid")
-        places = line_up(of_valid, truth, is_labelled)
-        samples[name] = Sample(
-            target.task, truth.labels[target.name][is_labelled], of_valid.values[places], weight
+    places = _places(told.held_out, valid, is_labelled)
+    of_valid = {name: values[places] for name, values in told.values.items()}
+    units = _units(valid, is_labelled)
+    ranked = LabelledRows(
+        "valid", _samples(of_valid, valid, target, is_labelled), units, units.of_row % NUM_PARTS
+    )
+    out_of_fold = None
+    if told.out_of_fold:
+        is_known = ~np.isnan(train.labels[target.name])
+        out_of_fold = LabelledRows(
+            "out_of_fold",
+            _samples(told.out_of_fold, train, target, is_known),
+            _units(train, is_known),
+            told.fold,
         )
-    units = Units(truth.unit, truth.unit_of_row, len(truth.unit_of_row)).of(is_labelled)
     resampling = Resampling(params.num_resamples, params.confidence, params.seed, resources.threads)
-    return choose(samples, metric, units, resampling, rounds=params.rounds, target=target.name)
+    fit = _fit(params, metric)
+    return choose(ranked, out_of_fold, metric, fit, resampling, target=target.name)
 
 
-def _blended(predictions: Mapping[str, Predictions], weights: Mapping[str, float]) -> Predictions:
-    """Mix the members row by row; what any of them has seen, the blend has seen."""
-    used = [found for name, found in predictions.items() if weights[name] > 0]
-    first = used[0]  # files are sorted by row id and hold the same rows
-    folds_seen, seen = merge_seen(used)
-    return Predictions(
+def _fit(params: StackParams, metric: Metric) -> FitBlend:
+    if params.method == "linear":
+        return linear_blend
+    return partial(greedy_blend, metric=metric, rounds=params.rounds)
+
+
+def _places(
+    held_out: Predictions, valid: Truth, is_labelled: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.int64]:
+    """Return where the labelled valid rows stand among the rows held out."""
+    of_valid = np.flatnonzero(held_out.split == SPLITS.index("valid"))
+    return of_valid[line_up(held_out.of_split("valid"), valid, is_labelled)]
+
+
+def _samples(
+    predictions: Mapping[str, Floats],
+    truth: Truth,
+    target: Target,
+    is_labelled: npt.NDArray[np.bool_],
+) -> dict[str, Sample]:
+    labels = truth.labels[target.name][is_labelled]
+    weight = None if truth.weight is None else truth.weight[is_labelled]
+    return {
+        name: Sample(target.task, labels, values, weight) for name, values in predictions.items()
+    }
+
+
+def _units(truth: Truth, is_labelled: npt.NDArray[np.bool_]) -> Units:
+    return Units(truth.unit, truth.unit_of_row, len(truth.unit_of_row)).of(is_labelled)
+
+
+def _blended(told: Members, choice: Choice) -> Predictions:
+    """Return the blend of valid and test rows.
+
+    It has seen all that any member has, and the labels of the rows that it was fitted on.
+    """
+    fitted_on = () if choice.fitted_on == "out_of_fold" else (VALID_SEEN,)
+    return replace(
+        told.held_out,
         model=STACK,
-        target=first.target,
-        row_id=first.row_id,
-        fold=first.fold,
-        split=first.split,
-        values=mix({name: found.values for name, found in predictions.items()}, weights),
-        folds_seen=folds_seen,
-        seen=seen,
+        values=choice.blend.of(told.values),
+        folds_seen=(tuple(sorted({*told.folds_seen, *fitted_on})),),
+        seen=np.zeros_like(told.held_out.seen),
     )
 
 
 def _record(choices: Mapping[str, Choice], recorder: Recorder) -> None:
     for target, choice in choices.items():
-        values = {**dict(choice.ranking), STACK: choice.blend_value}
-        recorder.metrics(
-            {f"{model}/{target}/valid_{choice.metric.name}": v for model, v in values.items()}
+        for rows, values in (
+            ("valid", {**dict(choice.ranking), STACK: choice.blend_value}),
+            ("out_of_fold", choice.out_of_fold),
+        ):
+            recorder.metrics(
+                {f"{m}/{target}/{rows}_{choice.metric.name}": v for m, v in values.items()}
+            )
+        recorder.params({f"{target}/chosen": choice.chosen, f"{target}/blend": str(choice.blend)})
+        recorder.note(f"**{target}**: {choice.chosen} is chosen: {choice.reason}.{_apart(choice)}")
+
+
+def _apart(choice: Choice) -> str:
+    """Return which models are not in the blend, why, and what would change it."""
+    told = ""
+    if choice.uninformed:
+        told += f" Not blended, no better than a constant: {', '.join(choice.uninformed)}."
+    if choice.compared_only:
+        told += (
+            f" Compared but not blended, without out-of-fold predictions of train rows: "
+            f"{', '.join(choice.compared_only)}; a first-level model has them unless its `bag` "
+            f"is none."
         )
-        weights = ", ".join(f"{name} {w:.2f}" for name, w in choice.weights.items() if w)
-        recorder.params({f"{target}/chosen": choice.chosen, f"{target}/weights": weights})
-        recorder.note(f"**{target}**: {choice.chosen} is chosen: {choice.reason}.")
+    return told
