@@ -62,6 +62,19 @@ def test_greedy_selection_equals_a_plain_twin():
     assert greedy_blend(samples, metric, rounds=1).weights == {"a": 1, "b": 0, "c": 0}
 
 
+def test_the_example_of_the_documentation():
+    """docs/stacking.md, by hand."""
+    truth = np.array([10.0, 20, 30, 40])
+    told = {"a": np.array([12.0, 18, 33, 41]), "b": np.array([7.0, 21, 26, 38])}
+    samples = {name: Sample("regression", truth, values) for name, values in told.items()}
+    metric = metric_of("regression", "rmse")
+    short, long = (greedy_blend(samples, metric, rounds=rounds) for rounds in (4, 50))
+    assert short.weights == {"a": 0.5, "b": 0.5}
+    assert value_of("rmse", samples, short) == 0.5
+    assert long.weights == pytest.approx({"a": 13 / 23, "b": 10 / 23})
+    assert value_of("rmse", samples, long) == pytest.approx(0.39, abs=0.005)
+
+
 EVERY_METRIC = [(task, metric) for task, metrics in METRICS.items() for metric in metrics]
 
 

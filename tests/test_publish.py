@@ -16,9 +16,11 @@ from headrace.data.predictions import read_predictions
 from headrace.data.table import open_table
 from headrace.errors import IntegrityError, SchemaError
 from headrace.models.package import Package, load_package, read_example
+from headrace.schema import Target
 from headrace.stages.publish import PublishParams, requirements
+from headrace.stages.stack import StackParams, stack
 from headrace.storage import folder_digest, new_folder, write_json
-from tests.published_case import Case, make_case, publish_case, raw_rows
+from tests.published_case import TOLD, Case, make_case, publish_case, raw_rows
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +53,15 @@ def same(a: pa.Table, b: pa.Table) -> bool:
     )
 
 
+def difference(predicted: pa.Table, folder: Path, target: Target, row_ids: np.ndarray) -> float:
+    """Return how far the package's values are from those that a stage wrote of test rows."""
+    expected = read_predictions(folder, target).of_split("test")
+    assert np.array_equal(expected.row_id, row_ids)
+    names = [n for n in predicted.column_names if n.startswith(f"{target.name}_prob")]
+    found = np.column_stack([predicted[n].to_numpy() for n in names or [target.name]])
+    return float(np.abs(found - expected.values.reshape(found.shape)).max())
+
+
 def rewrite(folder: Path, copy: Path, change) -> Path:
     """Copy a stage's folder, change it, and give it a right manifest again."""
     with new_folder(copy) as private:
@@ -70,11 +81,7 @@ def test_raw_test_rows_get_the_predictions_of_what_was_chosen(case: Case, packag
     for target in extracted.contract.targets:
         chosen = package.description.targets[target.name].chosen
         folder = case.root / "stack" if chosen == "stack" else case.members[chosen]
-        expected = read_predictions(folder, target).of_split("test")
-        assert np.array_equal(expected.row_id, row_ids)
-        names = [n for n in predicted.column_names if n.startswith(f"{target.name}_prob")]
-        found = np.column_stack([predicted[n].to_numpy() for n in names or [target.name]])
-        assert np.abs(found - expected.values.reshape(found.shape)).max() < 1e-9
+        assert difference(predicted, folder, target, row_ids) < 1e-9
     assert predicted.column_names == [
         "delay",
         "late",
@@ -101,7 +108,7 @@ def test_labels_are_the_most_probable_ones(package: Package) -> None:
 def test_the_package_holds_what_is_used_and_no_pickle(case: Case) -> None:
     """Members without weight are not in it; every file is of a native format."""
     content = json.loads((case.package / "package.json").read_text())
-    used = {name for one in content["targets"].values() for name in one["weights"]}
+    used = {name for one in content["targets"].values() for name in one["blend"]["weights"]}
     assert {path.name for path in (case.package / "models").iterdir()} == used
     suffixes = {path.suffix for path in case.package.rglob("*") if path.is_file()}
     assert suffixes <= {".json", ".safetensors", ".cbm", ".txt"}
@@ -131,6 +138,35 @@ def test_a_member_nobody_chose_is_left_out(case: Case, tmp_path: Path) -> None:
     assert (tmp_path / "publish" / "requirements.txt").read_text().splitlines() == list(
         requirements({"catboost"})
     )
+
+
+@pytest.mark.parametrize("method", ["greedy", "linear"])
+def test_a_stack_is_published_as_it_predicts(case: Case, tmp_path: Path, method: str) -> None:
+    """For every task and either method, also where the choice fell on a single model."""
+    for name in ("reduce", "encode"):
+        shutil.copytree(case.root / name, tmp_path / name)
+    params = StackParams(method=method, num_resamples=100)
+    stack(tmp_path / "reduce", case.members, tmp_path / "first", params, **TOLD)
+
+    def choose_the_blend(folder: Path) -> None:
+        content = json.loads((folder / "selection.json").read_text())
+        for entry in content["targets"].values():
+            entry["chosen"] = "stack"
+        write_json(folder / "selection.json", content)
+
+    rewrite(tmp_path / "first", tmp_path / "stack", choose_the_blend)
+    published = publish_case(tmp_path, case.members, tmp_path / "publish", PublishParams())
+    package = load_package(tmp_path / "publish")
+    extracted = open_table(case.root / "extract")
+    rows = extracted.read("test", ["row_id", *extracted.contract.features])
+    predicted = package.predict(rows.drop_columns(["row_id"]))
+
+    for target in extracted.contract.targets:
+        distance = difference(predicted, tmp_path / "stack", target, rows["row_id"].to_numpy())
+        assert distance < 1e-9
+        blend = package.description.targets[target.name].blend
+        assert blend.kind == ("mean" if method == "greedy" else "linear")
+        assert f"{target.name}: {blend}" in str(published)
 
 
 def test_the_same_inputs_give_the_same_bytes(case: Case, tmp_path: Path) -> None:
@@ -332,10 +368,10 @@ def test_a_package_of_another_format_is_refused(case: Case, tmp_path: Path) -> N
 
     def raise_format(folder: Path) -> None:
         content = json.loads((folder / "package.json").read_text())
-        write_json(folder / "package.json", {**content, "format": 2})
+        write_json(folder / "package.json", {**content, "format": 3})
 
     copy = rewrite(case.package, tmp_path / "copy", raise_format)
-    with pytest.raises(IntegrityError, match=r"package format 2.*headrace upgrade"):
+    with pytest.raises(IntegrityError, match=r"package format 3.*headrace upgrade"):
         load_package(copy)
 
 

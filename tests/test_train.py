@@ -19,6 +19,7 @@ from headrace.storage import verify_folder
 from tests.halting import Halt, HaltingRecorder
 from tests.train_case import (
     DELAY,
+    QUICK,
     RESOURCES,
     TARGETS,
     encoded_rows,
@@ -27,12 +28,6 @@ from tests.train_case import (
     table_rows,
     tree_bytes,
 )
-
-QUICK = {
-    "baseline": {"kind": "linear"},
-    "catboost": {"iterations": 40, "depth": 3},
-    "nn": {"hidden_sizes": [16], "max_epochs": 3, "batch_rows": 64},
-}
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,12 @@ ROLES: dict[str, Role] = {
     "importance": "weight",
 }
 RESOURCES = Resources()
+# Per kind, what makes a fit of some hundred rows a matter of a second.
+QUICK = {
+    "baseline": {"kind": "linear"},
+    "catboost": {"iterations": 40, "depth": 3},
+    "nn": {"hidden_sizes": [16], "max_epochs": 3, "batch_rows": 64},
+}
 
 
 def example_columns(
