@@ -23,6 +23,7 @@ from headrace.errors import (
 )
 from headrace.models.catboost import (
     CatboostParams,
+    ctr_complexity,
     fit,
     inputs_of_table,
     load,
@@ -120,6 +121,13 @@ def test_saved_trees_predict_the_same(views, tmp_path):
     assert back.summary == {"rows": 1}
     for name, values in model.predict(rows).items():
         assert np.array_equal(values, back.predict(rows)[name])
+
+
+def test_trees_that_were_read_are_saved_as_the_same_bytes(views, tmp_path):
+    """A bag whose fit an earlier run finished is read and saved again."""
+    first = saved(fitted(views, tmp_path)[0], tmp_path / "a")
+
+    assert saved(load(tmp_path / "a", {}), tmp_path / "b") == first
 
 
 @pytest.mark.parametrize("halt_after", [15, 70])
@@ -259,7 +267,7 @@ def test_the_whole_pool_fits_by_default_and_is_said(views, tmp_path):
 
 def test_beyond_the_pool_budget_a_declared_sample_is_learnt(views, tmp_path):
     needed = predicted_bytes(600, views.contract, max_ctr_complexity=1)
-    params = {"pool_budget": needed // 2}
+    params = {"pool_budget": needed // 2, "max_ctr_complexity": 1}
     model, recorder = fitted(views, tmp_path / "1", **params)
     used = recorder.recorded_params["rows_learnt_from"] + recorder.recorded_params["rows_held_back"]
 
@@ -270,6 +278,19 @@ def test_beyond_the_pool_budget_a_declared_sample_is_learnt(views, tmp_path):
     assert model.summary["rows"] == 300
     again, _ = fitted(views, tmp_path / "2", **params)
     assert saved(model, tmp_path / "a") == saved(again, tmp_path / "b")
+
+
+def test_categories_are_combined_where_that_costs_little(views, tmp_path):
+    params = CatboostParams()
+    few, many = (ctr_complexity(params, rows, views.contract) for rows in (250_000, 250_001))
+    own = ctr_complexity(CatboostParams(max_ctr_complexity=2), 250_001, views.contract)
+    bytes_of = {
+        one: predicted_bytes(600, views.contract, max_ctr_complexity=one) for one in (1, 2, None)
+    }
+
+    assert (few, many, own) == (4, 1, 2)
+    assert bytes_of[1] < bytes_of[2] == bytes_of[None]
+    assert fitted(views, tmp_path)[1].recorded_params["max_ctr_complexity"] == 4
 
 
 def test_the_sample_is_by_row_and_not_by_position():
