@@ -6,7 +6,9 @@ import pytest
 import yaml
 
 import headrace.commands.scaffold as scaffold
+from headrace.commands.checks import require_settings
 from headrace.commands.init import init
+from headrace.commands.pipeline import read_dag
 from headrace.commands.upgrade import expected_pipeline, is_source_tree, upgrade
 from headrace.errors import ConfigError
 from headrace.models.protocol import KINDS
@@ -163,3 +165,40 @@ def test_a_source_tree_lists_code_file_by_file(project: Project):
 def test_the_pipeline_of_this_repository_lists_the_code_it_runs():
     """What `headrace upgrade` would write is what is committed."""
     assert (ROOT / "dvc.yaml").read_text() == expected_pipeline(Project(ROOT))
+
+
+def test_a_section_embedding_catboost_is_a_stage_after_nn(project: Project):
+    """Its model lies among those that stack, evaluate and publish read; without it nothing does."""
+    sections = "".join(f"{name}: {{}}\n" for name in ("reduce", "encode", "stack", "evaluate"))
+    plain = _PARAMS.replace("[baseline, catboost]", "[nn, catboost]")
+    plain += f"{sections}publish: {{}}\ntrain: {{nn: {{}}, catboost: {{}}}}\n"
+    project.params.write_text(f"{plain}embedding_catboost: {{}}\n")
+    with pytest.raises(ConfigError, match=r"params.yaml has embedding_catboost, dvc.yaml has not"):
+        require_settings(project)
+    done = upgrade(project)
+    dag = read_dag(project)
+    stage = dag.by_name["embedding_catboost"]
+
+    assert done.stages == ("embedding_catboost",)
+    require_settings(project)
+    assert set(stage.upstream) == {"reduce", "encode", "train@nn"}
+    assert stage.outs == ("data/train/embedding_catboost",)
+    assert project.data("embedding_catboost") == project.root / stage.outs[0]
+    assert set(dag.downstream(["embedding_catboost"])) == {"stack", "evaluate", "publish"}
+    digests = yaml.safe_load((project.root / "headrace.lock").read_text())["stages"]
+    assert {"embedding_catboost", "stack", "train"} < set(digests)
+
+    project.params.write_text(plain)
+    with pytest.raises(ConfigError, match=r"dvc.yaml has embedding_catboost, params.yaml has not"):
+        require_settings(project)
+    upgrade(project)
+    assert "embedding_catboost" not in read_dag(project).by_name
+
+
+def test_embedding_catboost_needs_nn_and_is_no_model_of_the_list(project: Project):
+    project.params.write_text(f"{_PARAMS}embedding_catboost: {{}}\n")
+    with pytest.raises(ConfigError, match="`models` lists baseline, catboost; add nn there"):
+        upgrade(project)
+    project.params.write_text(_PARAMS.replace("[baseline", "[embedding_catboost"))
+    with pytest.raises(ConfigError, match="is no entry of `models` but a stage of its own"):
+        upgrade(project)

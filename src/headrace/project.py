@@ -8,6 +8,7 @@ from headrace.errors import ConfigError
 PARAMS = "params.yaml"
 PIPELINE = "dvc.yaml"
 LOCK = "dvc.lock"
+EMBEDDING_CATBOOST = "embedding_catboost"  # a stage whose model lies beside those of train@MODEL
 CODE_LOCK = "headrace.lock"  # digests of the installed code, in projects without its source
 
 
@@ -53,8 +54,9 @@ class Project:
         return self.state / "checkpoints"
 
     def data(self, stage: str) -> Path:
-        """The folder that ``stage`` writes: ``data/STAGE``, or ``data/train/MODEL``."""
-        return self.root.joinpath("data", *stage.split("@"))
+        """The folder that ``stage`` writes: ``data/STAGE``, or ``data/train/MODEL`` for a model."""
+        name = f"train@{stage}" if stage == EMBEDDING_CATBOOST else stage
+        return self.root.joinpath("data", *name.split("@"))
 
 
 def find_project(start: Path) -> Project:

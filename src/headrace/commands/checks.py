@@ -7,7 +7,8 @@ a model that was deleted because its name was mistyped.
 from headrace.commands.pipeline import Dag
 from headrace.commands.settings import read_settings
 from headrace.commands.stage import require_locked_code
-from headrace.project import PIPELINE, Project
+from headrace.errors import ConfigError
+from headrace.project import EMBEDDING_CATBOOST, PARAMS, PIPELINE, Project
 
 _OURS = "headrace stage "  # how dvc.yaml calls a stage of ours
 
@@ -19,8 +20,18 @@ def require_settings(project: Project) -> None:
         ConfigError: with the key, the value and the remedy.
     """
     path = project.root / PIPELINE
-    if path.is_file() and _OURS in path.read_text(encoding="utf-8"):
-        read_settings(project).require_all()
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if _OURS not in text:
+        return
+    settings = read_settings(project)
+    settings.require_all()
+    is_stage = f"{_OURS}{EMBEDDING_CATBOOST}" in text
+    if is_stage != settings.has_embedding_catboost:
+        without, has = (PARAMS, PIPELINE) if is_stage else (PIPELINE, PARAMS)
+        raise ConfigError(
+            f"{has} has {EMBEDDING_CATBOOST}, {without} has not; run `headrace upgrade`, which "
+            f"writes {PIPELINE} as {PARAMS} wants it"
+        )
 
 
 def require_code(project: Project, dag: Dag) -> None:

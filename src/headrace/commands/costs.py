@@ -8,9 +8,10 @@ such as when early stopping ends a training, is taken from the measured runs.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from headrace.params import Resources
+from headrace.project import EMBEDDING_CATBOOST
 
 _MIB = 1 << 20
 _PROCESS_BYTES = 160 * _MIB  # a stage before it has read a row: Python and its packages
@@ -71,6 +72,8 @@ def stage_cost(
         return _streamed(name, shape)
     if name == "train":
         return _train(model, shape, params)
+    if name == EMBEDDING_CATBOOST:
+        return _embedding_catboost(shape, params)
     if name in ("stack", "evaluate"):
         return _of_predictions(name, shape, num_models)
     if name == "publish":
@@ -123,6 +126,18 @@ def _train(model: str, shape: Shape, params: Mapping[str, float]) -> Cost:
     row_s = 6e-6 + 0.5e-6 * shape.num_inputs + 6e-6 * params.get("members", 1)
     seconds = 4.0 + fits * (1.0 + epochs * rows * row_s)
     return Cost(seconds, 2 * _PROCESS_BYTES + int(held_out * 200), written)
+
+
+def _embedding_catboost(shape: Shape, params: Mapping[str, float]) -> Cost:
+    """Trees with a number more per target, and a table of its own with the networks' features."""
+    fed = replace(shape, num_numbers=shape.num_numbers + shape.num_targets)
+    trees = _train("catboost", fed, params)
+    forward_s = shape.num_rows * (2e-6 + shape.num_inputs * 0.5e-6)
+    return replace(
+        trees,
+        seconds=trees.seconds + forward_s,
+        scratch_bytes=int(shape.num_rows * _reduced(fed)),
+    )
 
 
 def _of_predictions(stage: str, shape: Shape, num_models: int) -> Cost:

@@ -14,7 +14,7 @@ import yaml
 from headrace import __version__
 from headrace.lineage import PACKAGE, code_digest, code_files, stage_modules
 from headrace.models.protocol import KINDS
-from headrace.project import CODE_LOCK
+from headrace.project import CODE_LOCK, EMBEDDING_CATBOOST
 
 _EVALUATE = "data/evaluate"
 _SHA256 = "sha256:"
@@ -25,7 +25,13 @@ _HEADER = """\
 
 
 def pipeline_text(
-    *, inputs: Sequence[str], example: bool, databases: bool, models: Sequence[str], source: bool
+    *,
+    inputs: Sequence[str],
+    example: bool,
+    databases: bool,
+    models: Sequence[str],
+    embedding_catboost: bool,
+    source: bool,
 ) -> str:
     """Return the text of dvc.yaml.
 
@@ -34,6 +40,7 @@ def pipeline_text(
         example: whether a ``raw`` stage materialises the example.
         databases: whether a ``watermark`` stage looks into databases.
         models: the models to train; only their kinds' code matters here.
+        embedding_catboost: whether the stage of that name fits trees on what ``nn`` says.
         source: whether code is listed file by file (source tree) or stands in headrace.lock.
     """
     stages: dict[str, Any] = {}
@@ -56,6 +63,12 @@ def pipeline_text(
             params=["train.${item.model}"],
         ),
     }
+    if embedding_catboost:
+        stages[EMBEDDING_CATBOOST] = _stage(
+            EMBEDDING_CATBOOST,
+            deps=["data/reduce", "data/encode", "data/train/nn"],
+            outs=[f"data/train/{EMBEDDING_CATBOOST}"],
+        )
     stages["stack"] = _stage(
         "stack", deps=["data/reduce", "data/train"], outs=["data/stack"], params=["models", "stack"]
     )

@@ -13,7 +13,7 @@ from typing import Any
 
 from headrace.errors import ConfigError, nearest
 from headrace.params import Resources, Section, parse_section, read_yaml
-from headrace.project import Project
+from headrace.project import EMBEDDING_CATBOOST, Project
 
 VERSION = 1
 # Stage sections: name in params.yaml -> class; the class lives in headrace.stages.NAME.
@@ -23,11 +23,13 @@ _SECTIONS = {
     "extract": "ExtractParams",
     "reduce": "ReduceParams",
     "encode": "EncodeParams",
+    EMBEDDING_CATBOOST: "EmbeddingCatboostParams",
     "stack": "StackParams",
     "evaluate": "EvaluateParams",
     "publish": "PublishParams",
 }
-_OPTIONAL = ("raw", "watermark")  # of the example, and of databases
+# Of the example, of databases, and of a model that is off by default.
+_OPTIONAL = ("raw", "watermark", EMBEDDING_CATBOOST)
 _KNOWN = ("version", "resources", "models", "train", *_SECTIONS)
 
 
@@ -62,6 +64,19 @@ class Settings:
             if name in models[:position]:
                 raise ConfigError(f"{self.path}: `models` names {name!r} twice; keep one")
         return tuple(models)
+
+    @property
+    def has_embedding_catboost(self) -> bool:
+        """Whether the project has the stage ``embedding_catboost``."""
+        return EMBEDDING_CATBOOST in self.content
+
+    @property
+    def members(self) -> dict[str, str]:
+        """All models that are compared, and the stage that makes each."""
+        found = {model: f"train@{model}" for model in self.models}
+        return found | (
+            {EMBEDDING_CATBOOST: EMBEDDING_CATBOOST} if self.has_embedding_catboost else {}
+        )
 
     def section(self, stage: str) -> Section:
         """Return the validated section of ``stage`` (``train@MODEL`` has ``train.MODEL``)."""
@@ -99,6 +114,11 @@ class Settings:
                 f"{self.path}: section `extract` is missing; it names the sources and the targets"
             )
         _ = self.resources
+        if self.has_embedding_catboost and "nn" not in self.models:
+            raise ConfigError(
+                f"{self.path}: section `{EMBEDDING_CATBOOST}` needs what the model nn says, and "
+                f"`models` lists {', '.join(self.models)}; add nn there, or remove the section"
+            )
         trained = self.content.get("train") or {}
         for model in {*self.models, *(trained if isinstance(trained, Mapping) else ())}:
             self.section(f"train@{model}")

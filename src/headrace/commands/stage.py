@@ -40,7 +40,7 @@ from headrace.errors import (
 from headrace.lineage import code_digest, stage_modules
 from headrace.memory import MemoryWatch, format_bytes, held_bytes
 from headrace.params import Resources, Section, read_yaml
-from headrace.project import CODE_LOCK, Project
+from headrace.project import CODE_LOCK, EMBEDDING_CATBOOST, Project
 from headrace.record import MemoryRecorder, Recorder
 from headrace.storage import sweep
 from headrace.tracking.journal import open_stage
@@ -255,22 +255,17 @@ def _call(
     if name == "encode":
         return run(data("reduce"), out, section, **told)
     table, encoded = data("reduce"), data("encode")
-    if name == "train":
-        entry = stage_entry(project, stage, section, [table, encoded])
+    if name in ("train", EMBEDDING_CATBOOST):
+        inputs = [table, encoded] if name == "train" else [table, encoded, data("train@nn")]
+        entry = stage_entry(project, stage, section, inputs)
         checkpoints = checkpoint_folder(project, stage, entry, resume=resume, recorder=recorder)
-        result = run(
-            table,
-            encoded,
-            out,
-            section,
-            model=model,
-            cache=project.cache,
-            checkpoints=checkpoints,
-            **told,
-        )
+        told |= {"cache": project.cache, "checkpoints": checkpoints}
+        if name == "train":
+            told["model"] = model
+        result = run(*inputs, out, section, **told)
         remove_checkpoints(checkpoints, resume=resume)
         return result
-    members = {member: data(f"train@{member}") for member in settings.models}
+    members = {member: data(maker) for member, maker in settings.members.items()}
     if name == "stack":
         return run(table, members, out, section, **told)
     if name == "evaluate":
@@ -280,7 +275,7 @@ def _call(
 
 
 def _require_known(stage: str, settings: Settings) -> None:
-    known = [*PLAIN_STAGES, *(f"train@{model}" for model in settings.models)]
+    known = [*PLAIN_STAGES, *settings.members.values()]
     if stage not in known:
         hint = nearest(stage, known) or f"; known: {', '.join(known)}"
         raise ConfigError(f"{stage!r} is not a stage of this project{hint}")

@@ -24,7 +24,7 @@ from headrace.commands.settings import Settings, read_settings
 from headrace.errors import ConfigError
 from headrace.lineage import PACKAGE
 from headrace.params import read_yaml
-from headrace.project import CODE_LOCK, PIPELINE, Project
+from headrace.project import CODE_LOCK, EMBEDDING_CATBOOST, PIPELINE, Project
 from headrace.storage import write_file
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ def expected_pipeline(project: Project) -> str:
         example=has_example(settings),
         databases=has_databases(settings),
         models=settings.models,
+        embedding_catboost=settings.has_embedding_catboost,
         source=is_source_tree(project),
     )
     path = project.root / PIPELINE
@@ -147,7 +148,8 @@ def stage_names(project: Project) -> tuple[str, ...]:
     settings = read_settings(project)
     first = [*(["raw"] if has_example(settings) else [])]
     first += ["watermark"] if has_databases(settings) else []
-    return (*first, "extract", "reduce", "encode", "stack", "evaluate", "publish")
+    second = [EMBEDDING_CATBOOST] if settings.has_embedding_catboost else []
+    return (*first, "extract", "reduce", "encode", *second, "stack", "evaluate", "publish")
 
 
 def has_example(settings: Settings) -> bool:

@@ -99,9 +99,14 @@ def fit_plans(
     if bag == "none":
         return (FitPlan("", views(tuple(folds), 0), None),)
     return tuple(
-        FitPlan(f"fold-{fold}", views(tuple(f for f in folds if f != fold), fold), fold)
+        FitPlan(member_name(fold), views(tuple(f for f in folds if f != fold), fold), fold)
         for fold in folds
     )
+
+
+def member_name(fold: int) -> str:
+    """Return the name of the member of a bag that has not seen ``fold``."""
+    return f"fold-{fold}"
 
 
 def _stop_rows(contract: Contract, allowed: tuple[int, ...], number: int) -> StopRows:

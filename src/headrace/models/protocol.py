@@ -54,6 +54,11 @@ KINDS: Mapping[str, Kind] = {
     "catboost": Kind("headrace.models.catboost", "CatboostParams"),
     "nn": Kind("headrace.models.nn", "NnParams", can_share=True),
 }
+# Kinds that are fed by what other models say. Each is made by a stage of its own, with a section
+# of its own, and is no entry of ``models``.
+SECOND_LEVEL: Mapping[str, Kind] = {
+    "embedding_catboost": Kind("headrace.models.embedding_catboost", "EmbeddingCatboostParams"),
+}
 
 
 class FitParams(Section):
@@ -141,7 +146,10 @@ class FittedModel(Protocol):
     """A model that has learnt every target of its contract."""
 
     kind: str
-    inputs: Literal["encoded", "table"]  # what ``predict`` reads
+
+    @property
+    def inputs(self) -> Literal["encoded", "table"]:
+        """What ``predict`` reads."""
 
     @property
     def summary(self) -> Mapping[str, Any]:
@@ -246,13 +254,15 @@ def load_model(folder: Path) -> FittedModel:
     """
     description = read_json(folder / MODEL_JSON)
     found = description.get("format") if isinstance(description, dict) else None
-    if found != 2 or description.get("kind") not in KINDS:
+    known = {**KINDS, **SECOND_LEVEL}
+    if found != 2 or description.get("kind") not in known:
         raise IntegrityError(
             f"{folder / MODEL_JSON} has format {found!r} and kind "
             f"{description.get('kind') if isinstance(description, dict) else None!r}; this "
-            f"headrace reads format 2 of the kinds {', '.join(KINDS)}"
+            f"headrace reads format 2 of the kinds {', '.join(known)}"
         )
-    kind, native = kind_module(description["kind"]), folder / NATIVE
+    kind = cast(KindModule, import_module(known[description["kind"]].module))
+    native = folder / NATIVE
     if description["members"] is None:
         return kind.load(native, description)
     from headrace.models.bagging import BaggedModel
@@ -267,6 +277,11 @@ def load_model(folder: Path) -> FittedModel:
 
 
 def _kind(name: str) -> Kind:
+    if name in SECOND_LEVEL:
+        raise ConfigError(
+            f"{name!r} is no entry of `models` but a stage of its own: take it out there, write a "
+            f"section `{name}: {{}}` in params.yaml, and run `headrace upgrade`"
+        )
     if name not in KINDS:
         hint = nearest(name, KINDS) or f"; known: {', '.join(KINDS)}"
         raise ConfigError(f"{name!r} is not a kind of model{hint}")

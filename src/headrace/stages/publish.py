@@ -42,7 +42,7 @@ from headrace.models.package import (
     output_schema,
     read_example,
 )
-from headrace.models.protocol import KINDS, MODEL_JSON, NATIVE
+from headrace.models.protocol import KINDS, MODEL_JSON, NATIVE, SECOND_LEVEL
 from headrace.params import Resources, Section
 from headrace.record import Recorder
 from headrace.schema import CONTRACT, Contract, read_contract
@@ -132,7 +132,8 @@ def requirements(kinds: set[str]) -> tuple[str, ...]:
 
     Found by reading the imports of the code that runs then; the version ranges are headrace's own.
     """
-    modules = ["headrace.models.package", *(KINDS[kind].module for kind in sorted(kinds))]
+    known = {**KINDS, **SECOND_LEVEL}
+    modules = ["headrace.models.package", *(known[kind].module for kind in sorted(kinds))]
     imported = {name for path in code_files(*modules) for name in _imported(path)}
     needed = {_DISTRIBUTIONS.get(name, name) for name in imported}
     declared = [Requirement(text) for text in metadata.requires("headrace") or ()]

@@ -9,7 +9,7 @@ A finished fit is kept with the checkpoints, so a run that is killed goes on wit
 """
 
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,15 +97,15 @@ def train(
         IntegrityError: if an input is damaged.
     """
     source = open_table(table)
-    plans = _plans(source, encoded, cache, params)
-    _record_inputs(recorder, source, encoded)
-    fits = _fit_all(plans, params, model, source, checkpoints, resources, recorder)
+    plans = plan_fits(source, encoded, cache, params)
+    record_inputs(recorder, source, encoded)
+    fits = fit_all(plans, params, model, source, checkpoints, resources, recorder)
     members = {plan.name: fitted for plan, fitted in fits}
     whole = members[""] if "" in members else BaggedModel(members)
     with new_folder(out) as folder:
         save_model(whole, folder, source.contract)
-        num_rows = _predict(whole, plans, model, source, encoded, folder, recorder)
-        _write_importances(*fits[0], source, encoded, folder, checkpoints, recorder)
+        num_rows = predict_rows(whole, plans, model, source, encoded, folder, recorder)
+        write_importances(*fits[0], source, encoded, folder, checkpoints, recorder)
     names = tuple(target.name for target in source.contract.targets)
     return Trained(model, names, num_rows, whole.summary)
 
@@ -123,11 +123,11 @@ def assist(
 ) -> None:
     """Take part in the fits whose first rank runs ``train``, and leave the writing to it."""
     source = open_table(table)
-    plans = _plans(source, encoded, cache, params)
-    _fit_all(plans, params, model, source, checkpoints, resources, recorder)
+    plans = plan_fits(source, encoded, cache, params)
+    fit_all(plans, params, model, source, checkpoints, resources, recorder)
 
 
-def _plans(table: Table, encoded: Path, cache: Path, params: Section) -> tuple[FitPlan, ...]:
+def plan_fits(table: Table, encoded: Path, cache: Path, params: Section) -> tuple[FitPlan, ...]:
     """Return the fits, once it is known that each has something to learn."""
     settings = params if isinstance(params, FitParams) else FitParams()
     plans = fit_plans(
@@ -150,7 +150,7 @@ def _folds(table: Table) -> tuple[int, ...]:
     return tuple(sorted(fold for fold in seen if fold >= 0))
 
 
-def _fit_all(
+def fit_all(
     plans: Sequence[FitPlan],
     params: Section,
     model: str,
@@ -335,7 +335,8 @@ def _num_classes(target: Target) -> int:
     return max(1, len(target.labels))
 
 
-def _record_inputs(recorder: Recorder, table: Table, encoded: Path) -> None:
+def record_inputs(recorder: Recorder, table: Table, encoded: Path) -> None:
+    """Tell which rows are learnt from and predicted."""
     for split, context in (("train", "train"), *((name, name) for name in PREDICTED_SPLITS)):
         recorder.dataset(
             f"table-{split}",
@@ -356,7 +357,7 @@ class _Told:
     values: list[Values]
 
 
-def _predict(
+def predict_rows(
     whole: FittedModel,
     plans: Sequence[FitPlan],
     model: str,
@@ -364,8 +365,13 @@ def _predict(
     encoded: Path,
     folder: Path,
     recorder: Recorder,
+    *,
+    seen_before: Collection[int] = (),
 ) -> dict[str, int]:
-    """Predict into ``folder`` all rows of the predicted splits and, of a bag, the train rows."""
+    """Predict into ``folder`` all rows of the predicted splits and, of a bag, the train rows.
+
+    ``seen_before`` are folds that the models feeding this one have seen; it has seen them, too.
+    """
     splits = (*PREDICTED_SPLITS, *(("train",) if isinstance(whole, BaggedModel) else ()))
     total = sum(table.num_rows(split) for split in splits)
     if not sum(table.num_rows(split) for split in PREDICTED_SPLITS):
@@ -385,7 +391,7 @@ def _predict(
             num_rows[split] += len(row_id)
             recorder.progress(sum(num_rows.values()), total, unit="rows", detail=f"predict {split}")
     fold = np.concatenate(told.folds)
-    folds_seen, seen = _seen(plans, fold)
+    folds_seen, seen = _seen(plans, fold, seen_before)
     codes = np.array([SPLITS.index(split) for split in splits], np.int8)
     for target in table.contract.targets:
         write_predictions(
@@ -426,13 +432,10 @@ def _out_of_fold(
 
 
 def _seen(
-    plans: Sequence[FitPlan], fold: npt.NDArray[np.int8]
+    plans: Sequence[FitPlan], fold: npt.NDArray[np.int8], seen_before: Collection[int]
 ) -> tuple[tuple[tuple[int, ...], ...], npt.NDArray[np.int32]]:
     """Return ``folds_seen`` and each row's place in it: its own fit's folds, else those of all."""
-    folds = [
-        (*((VALID_SEEN,) if plan.views.stop.kind == "valid" else ()), *plan.views.folds)
-        for plan in plans
-    ]
+    folds = [sorted({*plan.views.folds, *seen_before, *_valid_seen(plan)}) for plan in plans]
     everything = tuple(sorted({one for seen in folds for one in seen}))
     seen = np.zeros(len(fold), np.int32)
     for place, plan in enumerate(plans, start=1):
@@ -441,7 +444,11 @@ def _seen(
     return (everything, *map(tuple, folds)), seen
 
 
-def _write_importances(
+def _valid_seen(plan: FitPlan) -> tuple[int, ...]:
+    return (VALID_SEEN,) if plan.views.stop.kind == "valid" else ()
+
+
+def write_importances(
     plan: FitPlan,
     fitted: FittedModel,
     table: Table,

@@ -361,7 +361,7 @@ class _Sender:
                 own = _flat(scores, prefix=f"test/{target}/", suffix="")
                 both = _flat(scores, prefix=f"test/{target}/", suffix=f"/{model}")
                 self._send_metrics(parent, _metrics(both, moment=moment, step=0))
-                if child := child_of.get(f"train@{model}" if model != "stack" else "stack"):
+                if child := child_of.get(f"train@{model}", child_of.get(model, "")):
                     self._send_metrics(child, _metrics(own, moment=moment, step=0))
 
     def _set_params(self, run: str, values: Mapping[str, Any]) -> None:
