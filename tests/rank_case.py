@@ -29,6 +29,8 @@ from tests.train_case import RESOURCES, views_of
 
 TRAINED = {
     "device": "cpu",
+    "members": 1,
+    "numbers": "plain",
     "hidden_sizes": [16],
     "batch_rows": 64,
     "max_epochs": 3,

@@ -32,6 +32,7 @@ from headrace.models.network import (
 from headrace.models.nn import NnParams, fit, load
 from headrace.params import Resources
 from headrace.record import MemoryRecorder
+from headrace.storage import digest_bytes
 from headrace.training import loop as loop_module
 from headrace.training.device import RandomStream
 from headrace.training.learner import EPOCH_METRICS
@@ -172,6 +173,20 @@ def test_rows_changed_while_learning_still_teach(views, tmp_path, settings):
     error = (model.predict(rows)["delay"][known] - delay[known]) ** 2
 
     assert np.mean(error) < 0.5 * np.var(delay[known])
+
+
+def test_a_fit_begins_from_the_weights_of_a_saved_model(views, tmp_path):
+    earlier, _ = fitted(views, tmp_path / "earlier", max_epochs=10)
+    saved(earlier, tmp_path / "model")
+    path = tmp_path / "model" / "weights.safetensors"
+    warm_start = {"path": str(path), "digest": digest_bytes(path.read_bytes())}
+    model, _ = fitted(
+        views, tmp_path / "warm", max_epochs=1, learning_rate=1e-9, warm_start=warm_start
+    )
+    rows = encoded_rows(views, "test")
+    expected = earlier.predict(rows)["delay"]
+
+    np.testing.assert_allclose(model.predict(rows)["delay"], expected, atol=1e-3)
 
 
 def test_every_fit_begins_with_a_fresh_network(views, tmp_path, monkeypatch):
