@@ -42,8 +42,10 @@ from headrace.evaluation.bootstrap import (
 )
 from headrace.evaluation.metrics import MetricName, Sample, metric_of, score
 from headrace.lineage import code_digest, stage_modules
+from headrace.models.embedding_catboost import EmbeddingCatboostParams
 from headrace.models.protocol import model_section
 from headrace.schema import Target
+from headrace.stages.embedding_catboost import embedding_catboost
 from headrace.stages.stack import StackParams, stack
 from headrace.stages.train import train
 from headrace.storage import canonical_json, digest_bytes, new_folder, read_json, write_json
@@ -61,16 +63,18 @@ class Fit:
     kind: str
     seed: int
     params: Mapping[str, Any] = field(default_factory=dict)
+    network: "Fit | None" = None  # whose features embedding_catboost gets
 
     @property
     def out(self) -> Path:
         """Its folder, named by all that it depends on."""
-        section = self.section.model_dump(mode="json")
+        stage = self.kind if self.network else f"train@{self.kind}"
         text = canonical_json(
             {
-                "params": section,
+                "params": self.section.model_dump(mode="json"),
                 "table": open_table(self.case.table).digest,
-                "code": code_digest(*stage_modules(f"train@{self.kind}")),
+                "code": code_digest(*stage_modules(stage)),
+                "network": self.network.out.name if self.network else None,
             }
         )
         return self.case.folder / f"train-{self.kind}-{digest_bytes(text.encode())[:12]}"
@@ -78,7 +82,8 @@ class Fit:
     @property
     def section(self) -> Any:
         """Its section of params.yaml."""
-        return model_section(self.kind).model_validate({"seed": self.seed, **self.params})
+        kind = EmbeddingCatboostParams if self.network else model_section(self.kind)
+        return kind.model_validate({"seed": self.seed, **self.params})
 
     @property
     def seconds(self) -> float:
@@ -91,16 +96,17 @@ def run_fit(fit: Fit) -> None:
     if fit.out.with_suffix(".json").exists():
         return
     began = time.process_time()
-    train(
-        fit.case.table,
-        fit.case.encoded,
-        fit.out,
-        fit.section,
-        model=fit.kind,
-        cache=fit.case.folder / "cache" / str(os.getpid()),
-        checkpoints=fit.out.with_suffix(".checkpoints"),
-        **told(),
-    )
+    places = {
+        "cache": fit.case.folder / "cache" / str(os.getpid()),
+        "checkpoints": fit.out.with_suffix(".checkpoints"),
+    }
+    case, section = fit.case, fit.section
+    if fit.network is not None:
+        embedding_catboost(
+            case.table, case.encoded, fit.network.out, fit.out, section, **places, **told()
+        )
+    else:
+        train(case.table, case.encoded, fit.out, section, model=fit.kind, **places, **told())
     write_json(fit.out.with_suffix(".json"), {"cpu_s": time.process_time() - began})
 
 
@@ -221,6 +227,14 @@ class Quality:
             "Adult nn alone": (self._alone(self.adult, "nn"), self._adult_nn),
             "California stack": (self._members(self.california), self._california_stack),
             "Adult stack": (self._members(self.adult), self._adult_stack),
+            "California embedding_catboost": (
+                self._members(self.california) + self._embedding(self.california),
+                functools.partial(self._embedding_catboost, self.california, "rmse", -0.008),
+            ),
+            "Adult embedding_catboost": (
+                self._members(self.adult) + self._embedding(self.adult),
+                functools.partial(self._embedding_catboost, self.adult, "log_loss", None),
+            ),
             "random member": (
                 self._members(self.california) + self._members(self.adult),
                 self._random_member,
@@ -239,6 +253,12 @@ class Quality:
 
     def _members(self, case: Case) -> list[Fit]:
         return [Fit(case, kind, seed) for seed in self.seeds for kind in MEMBERS]
+
+    def _embedding(self, case: Case) -> list[Fit]:
+        return [
+            Fit(case, "embedding_catboost", seed, network=Fit(case, "nn", seed))
+            for seed in self.seeds
+        ]
 
     def _of(self, case: Case, kind: str) -> list[Judged]:
         target = case.targets[0]
@@ -305,6 +325,22 @@ class Quality:
                            reference="paired, per seed"),
         ]  # fmt: skip
 
+    def _embedding_catboost(self, case: Case, metric: MetricName, goal: float | None) -> list[Row]:
+        """Beside catboost with the same seed; the lower bound must not be above 0."""
+        pairs = [
+            tuple(
+                judged(case, fit.out, case.targets[0]) for fit in (ours, Fit(case, "catboost", s))
+            )
+            for s, ours in zip(self.seeds, self._embedding(case), strict=True)
+        ]
+        changes = [ours.value(metric) / theirs.value(metric) - 1 for ours, theirs in pairs]
+        name = f"{case.name.title()}, embedding_catboost − catboost"
+        return [
+            worst_gain_row(f"{name}, lower bound", pairs, metric, must=0.0, bound="low",
+                           reference="paired, per seed; in-sample features lose 4 %"),
+            Row(f"{name}, relative", statistics.mean(changes), metric, None, goal, False),
+        ]  # fmt: skip
+
     def _random_member(self) -> list[Row]:
         rows = []
         for case, metric in ((self.california, "rmse"), (self.adult, "roc_auc")):
@@ -314,7 +350,8 @@ class Quality:
             noise = write_random(case, fits["catboost"], target)
             mixed = run_stack(case, {**fits, "random": noise}, "random")
             before, after = (judged(case, out, target.name).value(metric) for out in (plain, mixed))
-            entry = read_json(mixed / "selection.json")["targets"][target.name]
+            blend = read_json(mixed / "selection.json")["targets"][target.name]["blend"]
+            weight = blend["weights"].get("random", 0.0)
             name = f"{case.name.title()}, stack with a random member"
             reference = f"{before:.5f} without it, {after:.5f} with it"
             rows += [
@@ -327,7 +364,7 @@ class Quality:
                     False,
                     reference,
                 ),
-                Row(f"{name}: its weight", entry["weights"]["random"], "share", 0.0, None, False),
+                Row(f"{name}: its weight", weight, "share", 0.0, None, False),
             ]
         return rows
 
@@ -394,7 +431,9 @@ def main() -> int:
         asked = {n: q for n, q in quality.questions().items() if args.only in n}
         for case in dict.fromkeys(fit.case for fits, _ in asked.values() for fit in fits):
             case.made()
-        fit_all({fit.out: fit for fits, _ in asked.values() for fit in fits}.values())
+        wanted = {fit.out: fit for fits, _ in asked.values() for fit in fits}.values()
+        fit_all([fit for fit in wanted if fit.network is None])
+        fit_all([fit for fit in wanted if fit.network is not None])
         return report([row for _, rows in asked.values() for row in rows()], args)
 
 
