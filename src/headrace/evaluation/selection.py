@@ -7,7 +7,9 @@
   search gives random predictions a small weight (by ROC-AUC on 2,000 rows: in 4 trials of 10).
 - The blend is chosen if the interval of its gain over the best single excludes 0, on the rows it
   was fitted on, but *cross-fitted*: each fold is predicted by the blend fitted on the other folds.
-  So neither the members nor the weights have seen the labels that judge them. A best single that
+  So neither the members nor the weights have seen the labels that judge them (8 similar models,
+  1,000 rows, mean of 60 trials: gain in RMSE by the very rows of the fit 0.037, cross-fitted 0.033,
+  on fresh rows 0.032; on 200 rows 0.049, 0.031, 0.037). A best single that
   has no out-of-fold predictions is compared on valid rows, which the blend has not seen either.
 
 Where no model has out-of-fold predictions, valid rows do all three: the blend is fitted on them,
