@@ -1,6 +1,7 @@
 """Checks around training: what they find, what they say, and that they touch nothing."""
 
 import math
+from typing import ClassVar
 
 import pytest
 import torch
@@ -97,13 +98,39 @@ def test_one_batch_is_learnt_by_heart_but_not_by_a_network_cut_from_its_inputs()
     assert "32 rows were not learnt by heart" in fault
 
 
+class Noted(nn.Dropout):
+    """Dropout that notes whether it drops while gradients are taken."""
+
+    modes: ClassVar[list[bool]] = []
+
+    def forward(self, x):
+        if torch.is_grad_enabled():
+            self.modes.append(self.training)
+        return super().forward(x)
+
+
 def test_one_batch_is_learnt_without_dropout_and_with_norms(monkeypatch):
-    """Dropout of .9 would prevent it; the norms are those of training, of this rank alone."""
+    """The norms are those of training, of this rank alone."""
     monkeypatch.setattr(distributed, "_current", None)  # who asks other ranks fails
-    network = mlp(3, 1, width=64, dropout=0.9, norm=True)
+    monkeypatch.setattr(Noted, "modes", [])
+    norms = []
+    forward = nn.BatchNorm1d.forward
+
+    def noting(self, x):
+        if torch.is_grad_enabled():
+            norms.append(self.training)
+        return forward(self, x)
+
+    monkeypatch.setattr(nn.BatchNorm1d, "forward", noting)
+    network = mlp(3, 1, width=64, norm=True)
     network[1].__class__ = GlobalBatchNorm1d
+    network[3] = Noted(0.9)
+
     assert first_checks(InMemory(network, regression())).faults() == []
+    assert set(Noted.modes) == {False}
+    assert set(norms) == {True}
     assert type(network[1]) is GlobalBatchNorm1d
+    assert network[1].num_batches_tracked == 0
 
 
 def test_a_batch_that_takes_too_long_is_left_undecided():

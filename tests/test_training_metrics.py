@@ -43,7 +43,7 @@ def pair():
 
 
 def rows_of(task, num_rows=103, *, seed=0):
-    """Truth, prediction and weight; some labels missing, some weights 0, some scores tied."""
+    """Truth, prediction and weight; labels missing, scores tied, a batch of rows of weight 0."""
     rng = np.random.default_rng(seed)
     if task == "regression":
         truth = rng.normal(1e4, 3, num_rows)
@@ -56,7 +56,7 @@ def rows_of(task, num_rows=103, *, seed=0):
         prediction = rng.dirichlet(np.ones(3), num_rows)
     truth[rng.random(num_rows) < 0.2] = math.nan
     weight = rng.uniform(0, 2, num_rows)
-    weight[::10] = 0
+    weight[:25] = weight[::10] = 0
     return truth, prediction, weight
 
 

@@ -20,7 +20,7 @@ At the end: the curves as a figure, and a verdict with one setting to try (``ver
 
 The checks look and do not touch: the run's weights, random numbers and optimiser are the same bits
 without them. The first of several ranks does them all. They cost a forward pass of 256 rows per
-epoch, one of up to 16,384 rows at the end, and at most a CPU second before the first step.
+epoch, one of up to 8192 rows at the end, and at most a CPU second before the first step.
 """
 
 import copy
@@ -55,7 +55,7 @@ _ONE_BATCH_RATE = 0.01  # of Adam
 _ONE_BATCH_SECONDS = 1.0  # after which the check is left undecided
 _ONE_BATCH_PARAMETERS = 10_000_000  # a larger network is not copied
 _SAMPLE_ROWS = 256
-_LEARNT_ROWS = 16_384
+_LEARNT_ROWS = 8192
 _SATURATED = 0.99  # of tanh; of a sigmoid scaled to −1…1
 _MANY_IDLE = 0.5  # share of a layer's units that is worth a warning
 
