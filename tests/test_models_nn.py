@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from scipy.special import ndtri
 from pydantic import ValidationError
 
 from headrace.errors import ConfigError, DataError, DependencyError, IntegrityError, SchemaError
@@ -626,6 +627,14 @@ def test_the_curve_makes_a_skewed_column_normal():
     assert float(found.std()) == pytest.approx(1, abs=0.02)
     assert float((found**3).mean()) == pytest.approx(0, abs=0.1)
     assert beyond.tolist() == pytest.approx([images[0], images[-1]])
+
+
+def test_few_values_lie_around_0_whatever_their_shares():
+    """Fewer values than parts cannot all keep the cap; each counts the same."""
+    column = np.repeat([0.0, 1.0, 2.0, 3.0], [70, 10, 10, 10])
+    _, images = normal_curve(column)
+
+    assert images == pytest.approx(ndtri([0.125, 0.375, 0.625, 0.875]))
 
 
 @pytest.mark.parametrize("column", [[], [3.0], [3.0, 3.0]], ids=["none", "one", "same"])

@@ -10,8 +10,15 @@ from torch import nn
 from torch.autograd import gradcheck
 from torch.func import functional_call
 
-from headrace.models.mlp import Mlp, MlpDesign
-from headrace.models.network import Inputs, TargetScale, constant_loss, mean_losses, member_losses
+from headrace.models.mlp import MlpDesign
+from headrace.models.network import (
+    Inputs,
+    InputSample,
+    TargetScale,
+    constant_loss,
+    mean_losses,
+    member_losses,
+)
 from headrace.models.nn import NnParams, fit
 from headrace.record import MemoryRecorder
 from headrace.schema import Target
@@ -37,16 +44,32 @@ def _one_thread():
         yield
 
 
-def mlp(*, hidden_sizes=(7,), activation="relu", batch_norm=False, targets=TARGETS):
-    design = MlpDesign(
-        hidden_sizes=hidden_sizes,
-        activation=activation,
-        dropout=0.0,
-        batch_norm=batch_norm,
-        embedding_size=8,
+PLAIN_MLP = MlpDesign(
+    members=1,
+    hidden_sizes=(7,),
+    activation="relu",
+    dropout=0.0,
+    batch_norm=False,
+    numbers="plain",
+    bins=3,
+    number_size=2,
+    one_hot_labels=3,
+    embedding_size=8,
+)
+NORMED_MLP = PLAIN_MLP.model_copy(update={"batch_norm": True})
+ENSEMBLE = PLAIN_MLP.model_copy(update={"members": 4, "numbers": "piecewise"})
+
+
+def network_of(design, **changes):
+    """A fresh network of ``design``, whose numbers take four values in three bins."""
+    design = design.model_copy(update=changes)
+    sample = InputSample(
+        np.repeat(np.array([[-1.5], [-0.5], [0.5], [1.5]], np.float32), 3, axis=1),
+        np.zeros((4, 2), np.int32),
+        np.zeros((4, 3)),
     )
     with RandomStream(0, device=torch.device("cpu")).lent():
-        return Mlp(INPUTS, design, [target.num_outputs for target in targets])
+        return design.build(INPUTS, TARGETS, design.statistics(sample, INPUTS, seed=0))
 
 
 def rows_of(num_rows, *, dtype=torch.float32):
@@ -139,10 +162,10 @@ def test_gradients_of_the_losses_equal_finite_differences(target, scale, losses)
     assert gradcheck(lambda z: losses(z, y_B, target, scale), z_BKO)
 
 
-@pytest.mark.parametrize("batch_norm", [False, True])
-def test_gradients_of_the_network_equal_finite_differences(batch_norm):
+@pytest.mark.parametrize("design", [PLAIN_MLP, NORMED_MLP, ENSEMBLE])
+def test_gradients_of_the_network_equal_finite_differences(design):
     """With a smooth activation, of the summed losses of all heads by every parameter."""
-    network = mlp(hidden_sizes=(4, 3), activation="silu", batch_norm=batch_norm).double()
+    network = network_of(design, hidden_sizes=(4, 3), activation="silu").double()
     numeric_BN, codes_BC = rows_of(8, dtype=torch.float64)
     names = [name for name, _ in network.named_parameters()]
     labels = [labels_of(target, 8, dtype=torch.float64) for target in TARGETS]
@@ -159,28 +182,34 @@ def test_gradients_of_the_network_equal_finite_differences(batch_norm):
 
 
 def test_parameters_are_as_many_as_counted_by_hand():
-    embeddings = 5 * 4 + 10 * 6
-    width = 3 + 1 + 4 + 6  # numbers, an indicator of a missing one, two vectors
-    trunk = width * 7 + 7
-    heads = (7 + 1) + (7 + 1) + (7 * 3 + 3)
+    """Numbers, an indicator of a missing one, 5 one-hot labels, and vectors of 6 for 10 labels."""
+    width = 3 + 1 + 5 + 6
+    plain = 10 * 6 + (width * 7 + 7) + 2 * (7 + 1) + (7 * 3 + 3)
+    numbers = 3 * (2 + 2) + 3 * 3 * 2  # a line and three bins per number, in vectors of 2
+    width = 3 * 2 + 1 + 5 + 6
+    shared, own = width * 7, 4 * (width + 7 + 7)  # scalings of inputs and outputs, and biases
+    ensemble = 10 * 6 + numbers + shared + own + 4 * (2 * (7 + 1) + (7 * 3 + 3))
 
-    def count(network):
-        return sum(p.numel() for p in network.parameters())
+    def count(design):
+        return sum(p.numel() for p in network_of(design).parameters())
 
-    assert count(mlp()) == embeddings + trunk + heads == 225
-    assert count(mlp(batch_norm=True)) == 225 + 2 * 7
+    assert count(PLAIN_MLP) == plain == 212
+    assert count(NORMED_MLP) == plain + 2 * 7
+    assert count(ENSEMBLE) == ensemble == 504
 
 
-def test_the_first_loss_is_that_of_an_output_of_zero():
+@pytest.mark.parametrize("design", [PLAIN_MLP, NORMED_MLP, ENSEMBLE])
+def test_the_first_loss_is_that_of_an_output_of_zero(design):
     """Trap 15: ln C of a target of C classes, the variance of a standardised value."""
-    network, rows = mlp(hidden_sizes=(64, 64)), rows_of(3000)
+    network, rows = network_of(design, hidden_sizes=(64, 64)), rows_of(3000)
     value = labels_of(VALUE, 3000)
     expected = {"value": float(value.square().mean()), "late": math.log(2), "class": math.log(3)}
     for target, z_BKO in zip(TARGETS, network(*rows), strict=True):
         loss_BK = member_losses(z_BKO.detach(), labels_of(target, 3000), target, PLAIN)
         assert float(loss_BK.mean()) == pytest.approx(expected[target.name], rel=0.03)
 
-    nn.init.uniform_(network.heads[2].weight)  # what the trap is about
+    for parameter in network.heads[2].parameters():  # what the trap is about
+        nn.init.uniform_(parameter, 0, 9)
     z_BKO = network(*rows)[2].detach()
     loss_BK = member_losses(z_BKO, labels_of(CLASS, 3000), CLASS, PLAIN)
     assert float(loss_BK.mean()) > 1.1 * math.log(3)
@@ -221,8 +250,8 @@ def test_shapes_that_do_not_match_are_refused(losses, target, shape, num_labels)
 
 
 def test_a_batch_of_one_keeps_its_axis():
-    rows = rows_of(1)
-    assert [tuple(z.shape) for z in mlp().eval()(*rows)] == [(1, 1, 1), (1, 1, 1), (1, 1, 3)]
+    outputs = network_of(ENSEMBLE)(*rows_of(1))
+    assert [tuple(z.shape) for z in outputs] == [(1, 4, 1), (1, 4, 1), (1, 4, 3)]
 
 
 def test_the_best_constant_loses_the_variance_or_the_entropy():

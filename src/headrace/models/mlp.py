@@ -241,7 +241,8 @@ def capped_quantiles(column: Floats, parts: int) -> tuple[Floats, Floats]:
         if weights.max(initial=0) <= cap * 1.001:
             break
         weights = np.minimum(weights, cap)
-    ranks = (np.cumsum(weights) - weights / 2) / max(weights.sum(), 1.0)
+    # Of few values, which cannot all keep the cap, the rounds above leave next to nothing.
+    ranks = (np.cumsum(weights) - weights / 2) / (weights.sum() or 1.0)
     if len(values) <= parts + 1:
         return values, ranks
     wanted = np.linspace(ranks[0], ranks[-1], parts + 1)
