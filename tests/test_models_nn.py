@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from scipy.special import ndtri
 from pydantic import ValidationError
+from scipy.special import ndtri
 
 from headrace.errors import ConfigError, DataError, DependencyError, IntegrityError, SchemaError
 from headrace.evaluation.metrics import Sample, score
