@@ -88,10 +88,11 @@ class CatboostParams(FitParams):
     joint: bool = False  # one model for all targets, if all are regressions; on the CPU only
     iterations: Annotated[int, Field(ge=1)] = 2000  # trees at most
     patience: Annotated[int, Field(ge=1)] = 100  # trees without a gain before training ends
-    # None: from the number of rows and trees; CatBoost has no such rule for joint models: 0.03.
+    # None: from the number of rows and iterations; CatBoost has no such rule for joint models, nor
+    # where l2_leaf_reg is set: 0.03.
     learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
     depth: Annotated[int, Field(ge=1, le=16)] = 6
-    l2_leaf_reg: Annotated[float, Field(ge=0)] = 3.0
+    l2_leaf_reg: Annotated[float, Field(ge=0)] | None = None
     border_count: Annotated[int, Field(ge=1, le=65_535)] = 254  # splits tried per number
     # Categories combined at most. None: 4 up to 500,000 rows x categories, beyond that 1.
     max_ctr_complexity: Annotated[int, Field(ge=1, le=15)] | None = None
