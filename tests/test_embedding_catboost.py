@@ -1,5 +1,7 @@
 """Trees on a bag of networks: out-of-fold features, folds seen through them, the saved model."""
 
+import re
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -13,11 +15,16 @@ from headrace.models.embedding_catboost import (
     EmbeddingCatboostParams,
     network_features,
 )
+from headrace.models.package import load_package
 from headrace.models.protocol import load_model, model_section
 from headrace.record import MemoryRecorder
 from headrace.stages.embedding_catboost import embedding_catboost
+from headrace.stages.evaluate import EvaluateParams, evaluate
+from headrace.stages.publish import PublishParams, publish
+from headrace.stages.stack import StackParams, stack
 from headrace.stages.train import train
-from headrace.storage import verify_folder
+from headrace.storage import read_json, verify_folder
+from tests import published_case
 from tests.halting import Halt, HaltingRecorder
 from tests.train_case import (
     DELAY,
@@ -254,3 +261,38 @@ def test_messages_name_the_section(folder, tmp_path):
     _, recorder = run(folder, tmp_path / "out", pool_budget=100_000)
 
     assert any("`embedding_catboost.pool_budget`" in text for text in recorder.warnings)
+
+
+def test_it_is_compared_and_published_like_any_model_and_never_blended(tmp_path):
+    """Networks that learnt little lose to it, so it is chosen; its package reads raw rows."""
+    published_case.make_case(tmp_path)
+    train_networks(tmp_path, max_epochs=1)
+    run(tmp_path, tmp_path / "out", iterations=150)
+    members = {"nn": tmp_path / "nn", "embedding_catboost": tmp_path / "out"}
+    told = {"resources": RESOURCES, "recorder": MemoryRecorder()}
+    table, stacked = tmp_path / "reduce", tmp_path / "stack-both"
+    stack(table, members, stacked, StackParams(), **told)
+    evaluate(table, members, stacked, tmp_path / "evaluate", EvaluateParams(), **told)
+    publish(
+        table, tmp_path / "encode", members, stacked, tmp_path / "package", PublishParams(), **told
+    )
+    selection = read_json(stacked / "selection.json")["targets"]
+    compared = read_json(tmp_path / "evaluate" / "comparison.json")["targets"]
+    package = load_package(tmp_path / "package")
+
+    for name, entry in selection.items():
+        assert entry["chosen"] == "embedding_catboost"
+        assert entry["compared_only"] == ["embedding_catboost"]
+        assert set(compared[name]["models"]) == {"nn", "embedding_catboost", "stack"}
+    assert package.description.members == ("embedding_catboost",)
+    assert {"catboost", "safetensors", "torch"} <= {
+        re.split(r"[<>=~!]", line)[0]
+        for line in (tmp_path / "package" / "requirements.txt").read_text().splitlines()
+    }
+    truth = open_table(table).read("test", ["delay"])["delay"].to_numpy()
+    rows = published_case.raw_columns(150, seed=2)
+    predicted = package.predict(
+        pa.table({column.name: rows[column.name] for column in package.inputs})
+    )
+    error = predicted["delay"].to_numpy() - truth
+    assert np.sqrt(np.mean(error**2)) < 0.7 * np.std(truth)
