@@ -58,17 +58,8 @@ class MlpDesign(Section):
 
     def statistics(self, sample: InputSample, inputs: Inputs, *, seed: int) -> Tensors:  # noqa: ARG002
         """Return curves and bins of the numeric inputs, from the values of ``sample``."""
-        found: dict[str, torch.Tensor] = {}
-        for place in range(len(inputs.numeric)):
-            column = sample.numeric_BN[:, place].astype(np.float64)
-            column = column[np.isfinite(column)]
-            knots, images = normal_curve(column)
-            found[f"knots.{place}"] = torch.from_numpy(knots.astype(np.float32))
-            found[f"images.{place}"] = torch.from_numpy(images.astype(np.float32))
-            if self.numbers == "piecewise":
-                edges = np.interp(capped_quantiles(column, self.bins)[0], knots, images)
-                found[f"bins.{place}"] = torch.from_numpy(_increasing(edges))
-        return found
+        bins = self.bins if self.numbers == "piecewise" else None
+        return number_statistics(sample, inputs, bins=bins)
 
     def build(self, inputs: Inputs, targets: Sequence[Target], statistics: Tensors) -> Network:
         """Return a fresh network."""
@@ -223,6 +214,26 @@ class CategoryInputs(nn.Module):
             embed(codes_BC[:, c]) for c, embed in zip(self._large, self.embeddings, strict=True)
         ]
         return torch.cat(parts, dim=1)
+
+
+def number_statistics(
+    sample: InputSample, inputs: Inputs, *, bins: int | None
+) -> dict[str, torch.Tensor]:
+    """Return per numeric input, by place, the knots and images of its curve, and edges of bins.
+
+    The edges are images, so they are for values that have passed the curve.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for place in range(len(inputs.numeric)):
+        column = sample.numeric_BN[:, place].astype(np.float64)
+        column = column[np.isfinite(column)]
+        knots, images = normal_curve(column)
+        found[f"knots.{place}"] = torch.from_numpy(knots.astype(np.float32))
+        found[f"images.{place}"] = torch.from_numpy(images.astype(np.float32))
+        if bins is not None:
+            edges = np.interp(capped_quantiles(column, bins)[0], knots, images)
+            found[f"bins.{place}"] = torch.from_numpy(_increasing(edges))
+    return found
 
 
 def capped_quantiles(column: Floats, parts: int) -> tuple[Floats, Floats]:

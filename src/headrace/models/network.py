@@ -37,7 +37,7 @@ from headrace.data.order import Kind
 from headrace.data.shards import Shards, open_shards
 from headrace.data.stream import Batch, BatchStream, loader, to_tensors
 from headrace.data.transfer import Mode, to_device
-from headrace.errors import ConfigError, IntegrityError, SchemaError, nearest
+from headrace.errors import ConfigError, DataError, IntegrityError, SchemaError, nearest
 from headrace.models.network_params import NetworkParams
 from headrace.models.protocol import TrainViews, Values
 from headrace.params import Resources, Section
@@ -52,6 +52,7 @@ from headrace.training.health import Health
 from headrace.training.learner import EPOCH_METRICS, Losses, LossMeans, Validation
 from headrace.training.loop import Outcome, train_network
 from headrace.training.params import PredictDraws, batch_rows_for
+from headrace.training.weights import load_weights, stored_weights
 
 if TYPE_CHECKING:
     from headrace.training.metrics import EpochMetrics
@@ -114,6 +115,7 @@ class Network(nn.Module):
     """A network with one head per target."""
 
     has_penalty = False  # whether ``penalty`` is added to the loss that is minimised
+    least_rows = 2  # of a batch that it learns from
 
     def forward(self, numeric_BN: torch.Tensor, codes_BC: torch.Tensor) -> list[torch.Tensor]:
         """Return one (B, K, O) tensor per target: logits, or the standardised value."""
@@ -193,6 +195,10 @@ class NetworkModel:
         """Best epoch, loss on the inner part, number of parameters."""
         return self._summary
 
+    def tell(self, facts: Mapping[str, Any]) -> None:
+        """Add to the summary what a kind knows beside it, as JSON values."""
+        self._summary |= facts
+
     def predict(self, rows: EncodedBatch | pa.Table) -> Values:
         """Return per target the value, P(labels[1]) or the class probabilities of each row.
 
@@ -228,7 +234,7 @@ class NetworkModel:
 
     def save(self, folder: Path) -> None:
         """Write network.json and weights.safetensors."""
-        state = dict(self.network.state_dict())
+        state = stored_weights(self.network)
         state |= {f"{_STATISTIC}{name}": value for name, value in self._statistics.items()}
         tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
         save_file(tensors, folder / _WEIGHTS)
@@ -270,12 +276,15 @@ def fit_network(
     checkpoints: Path,
     resources: Resources,
     recorder: Recorder,
+    model: type[NetworkModel] = NetworkModel,
 ) -> NetworkModel:
     """Train the network of ``design`` on the rows that ``views`` allows; keep the best weights.
 
+    Returns a ``model``.
+
     Raises:
-        ConfigError: if a setting names no target.
-        DataError: if a loss is not finite, with row ids.
+        ConfigError: if a setting names no target, or a batch is larger than the set.
+        DataError: if a loss is not finite, with row ids; if there are too few rows.
         DependencyError: if the device asked for is not there.
     """
     ranks = current_ranks()
@@ -316,7 +325,7 @@ def fit_network(
             )
         if health is not None:
             health.finish(outcome)
-    return NetworkModel(
+    return model(
         cast(Network, learner.network),
         learner.config,
         learner.statistics,
@@ -340,6 +349,10 @@ def open_network(
     """Return what ``fit_network`` trains, before its first step: network, batches, losses.
 
     ``log`` hears how batches reach the device, ``warn`` that reading processes died.
+
+    Raises:
+        ConfigError: if a setting names no target, or a batch is larger than the set.
+        DataError: if there are too few rows for the network.
     """
     targets = views.contract.targets
     _refuse_unknown_targets(targets, params, design.kind)
@@ -353,6 +366,7 @@ def open_network(
         network = design.build(inputs, targets, statistics)
     network.to(device)
     num_learnt = int(parts.learn.sum())
+    _refuse_few_rows(num_learnt, network.least_rows, params, design.kind)
     return NetworkLearner(
         network,
         _Config(
@@ -383,9 +397,13 @@ DesignKind = TypeVar("DesignKind", bound=Section)
 
 
 def load_network(
-    folder: Path, description: Mapping[str, Any], design_kind: type[DesignKind]
+    folder: Path,
+    description: Mapping[str, Any],
+    design_kind: type[DesignKind],
+    *,
+    model: type[NetworkModel] = NetworkModel,
 ) -> NetworkModel:
-    """Read a network that ``NetworkModel.save`` wrote; it predicts on the CPU.
+    """Read a network that ``NetworkModel.save`` wrote, as a ``model``; it predicts on the CPU.
 
     Raises:
         IntegrityError: if a file is missing or does not fit the other.
@@ -400,12 +418,12 @@ def load_network(
             if name.startswith(_STATISTIC)
         }
         network = design.build(config.inputs, config.targets, statistics)
-        network.load_state_dict(tensors)
+        load_weights(network, tensors)
     except (ValidationError, SafetensorError, RuntimeError, KeyError, FileNotFoundError) as error:
         raise IntegrityError(
             f"{folder} does not hold a whole network ({error}); train the model again"
         ) from error
-    return NetworkModel(
+    return model(
         network,
         config,
         statistics,
@@ -556,7 +574,8 @@ class NetworkLearner:
             rows=parts.learn,
             rank=ranks.rank,
             num_ranks=ranks.size,
-            least_tail=2,  # the same batches for any number of ranks: norms and losses span them
+            # The same batches for any number of ranks: norms and losses span them.
+            least_tail=network.least_rows,
         )
         self._held_back = BatchStream(
             parts.held_back,
@@ -829,6 +848,21 @@ def _refuse_unknown_targets(targets: Sequence[Target], params: NetworkParams, ki
         raise ConfigError(
             f"`train.{kind}.stop_on` is {params.stop_on!r}; it must be loss, one of the targets "
             f"{names}, or one of the metrics {metrics}{nearest(params.stop_on, known)}"
+        )
+
+
+def _refuse_few_rows(num_rows: int, least_rows: int, params: NetworkParams, kind: str) -> None:
+    """Refuse a set that makes no whole batch, and a batch too small for the network's norms."""
+    if num_rows < least_rows:
+        raise DataError(
+            f"{kind} learns from batches of at least {least_rows} rows, but there are only "
+            f"{num_rows} to learn from; take more rows, or remove {kind} from `models`"
+        )
+    if params.batch_rows is not None and not least_rows <= params.batch_rows <= num_rows:
+        raise ConfigError(
+            f"`train.{kind}.batch_rows` is {params.batch_rows}, but a batch of {kind} has at least "
+            f"{least_rows} rows, and there are {num_rows} to learn from; set it between these, or "
+            f"leave it out"
         )
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from headrace.errors import ConfigError, nearest
 from headrace.storage import digest_bytes
 from headrace.training.params import WarmStart
+from headrace.training.weights import load_weights, stored_weights
 
 _KEY = "`warm_start"
 
@@ -30,7 +31,7 @@ def start_warm(network: nn.Module, settings: WarmStart) -> None:
     """
     # With a / in its name: what a model keeps beside its network.
     weights = {name: value for name, value in _read(settings).items() if "/" not in name}
-    own = network.state_dict()
+    own = stored_weights(network)
     faults = [f"{name} is missing" for name in own if name not in weights]
     faults += [f"{name} is not in the network" for name in weights if name not in own]
     faults += [
@@ -44,7 +45,7 @@ def start_warm(network: nn.Module, settings: WarmStart) -> None:
             f"{'; '.join(faults[:5])}{'; …' if len(faults) > 5 else ''}. Set the shape of the "
             f"network to what it was, or remove warm_start"
         )
-    network.load_state_dict(weights)
+    load_weights(network, weights)
     _freeze(network, settings.freeze)
 
 
