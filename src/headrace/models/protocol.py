@@ -53,6 +53,7 @@ KINDS: Mapping[str, Kind] = {
     "baseline": Kind("headrace.models.baseline", "BaselineParams"),
     "catboost": Kind("headrace.models.catboost", "CatboostParams"),
     "nn": Kind("headrace.models.nn", "NnParams", can_share=True),
+    "tabnet": Kind("headrace.models.tabnet", "TabnetParams"),
 }
 # Kinds that are fed by what other models say. Each is made by a stage of its own, with a section
 # of its own, and is no entry of ``models``.
@@ -210,8 +211,10 @@ def streaming_kind(name: str) -> StreamingKind:
     """
     module = kind_module(name)
     if not hasattr(module, "open_learner"):
+        able = [one for one in KINDS if hasattr(kind_module(one), "open_learner")]
         raise ConfigError(
-            f"{name} does not train from encoded shards step by step; models that do: nn"
+            f"{name} does not train from encoded shards step by step; models that do: "
+            f"{', '.join(able)}"
         )
     return cast(StreamingKind, module)
 
