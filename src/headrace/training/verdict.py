@@ -24,8 +24,8 @@ The rules, of which the first that holds decides; the thresholds are the constan
 
 How low a loss can get nobody knows, so these are rules of thumb: they name a setting that is worth
 one more run. The thresholds were set by a look at some twenty runs on California housing and Adult
-(dropout 0 to .8, widths 2 to 256, 3 or 60 epochs) and tried on no other data; a weight decay that is
-far too strong goes unseen.
+(dropout 0 to .8, widths 2 to 256, 3 or 60 epochs) and tried on no other data; a weight decay that
+is far too strong goes unseen.
 """
 
 import math
