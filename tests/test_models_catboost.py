@@ -137,7 +137,7 @@ def test_saved_trees_predict_the_same(views, tmp_path):
 
 
 def test_trees_that_were_read_are_saved_as_the_same_bytes(views, tmp_path):
-    """A bag whose fit an earlier run finished is read and saved again."""
+    """As in a bag, one fit of which an earlier run has finished."""
     first = saved(fitted(views, tmp_path)[0], tmp_path / "a")
 
     assert saved(load(tmp_path / "a", {}), tmp_path / "b") == first
