@@ -189,9 +189,10 @@ def test_the_blend_may_beat_a_model_that_it_cannot_hold(tmp_path):
     assert "gains on late_comer on the valid rows" in choice.reason
 
 
-def test_without_any_out_of_fold_rows_valid_rows_fit_the_blend(tmp_path):
+@pytest.mark.parametrize("noise", [{}, {"prior": 5.0}], ids=["none", "one"])
+def test_without_two_models_out_of_fold_valid_rows_fit_the_blend(tmp_path, noise):
     """And the blend has then seen their labels."""
-    case = Case(noise={"one": 1.0, "two": 1.0}, without_train=("one", "two"))
+    case = Case(noise={"one": 1.0, "two": 1.0} | noise, without_train=("one", "two"))
     stacked, out, recorder = run(case, tmp_path)
     choice = stacked.choices["delay"]
 

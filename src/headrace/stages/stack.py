@@ -263,7 +263,8 @@ def _choose(
         "valid", _samples(of_valid, valid, target, is_labelled), units, units.of_row % NUM_PARTS
     )
     out_of_fold = None
-    if told.out_of_fold:
+    # One model alone is no blend: where the others predict no train row, valid rows do it all.
+    if len(told.out_of_fold) >= min(2, len(told.values)):
         is_known = ~np.isnan(train.labels[target.name])
         out_of_fold = LabelledRows(
             "out_of_fold",
