@@ -17,6 +17,7 @@ from headrace.models.embedding_catboost import (
 )
 from headrace.models.package import load_package
 from headrace.models.protocol import load_model, model_section
+from headrace.params import parse_section
 from headrace.record import MemoryRecorder
 from headrace.stages.embedding_catboost import embedding_catboost
 from headrace.stages.evaluate import EvaluateParams, evaluate
@@ -226,6 +227,19 @@ def test_importances_name_the_features(folder, tmp_path):
         "distance", "wind", "carrier", "gate",
         "nn/delay", "nn/late", "nn/class/0", "nn/class/1", "nn/class/2",
     }  # fmt: skip
+
+
+def test_the_weight_of_the_networks_is_how_readily_they_are_asked(folder, tmp_path):
+    told = {}
+    for weight in (1.0, 0.02):
+        result, _ = run(folder, tmp_path / str(weight), network_weight=weight)
+        importances = result.summary["fold-0"]["targets"]["delay"]["importances"]
+        told[weight] = sum(v for name, v in importances.items() if name.startswith("nn/"))
+
+    assert told[0.02] < 0.5 * told[1.0]
+    given = {"device": "cuda"}
+    with pytest.raises(ConfigError, match=r"`network_weight` is 0.02, which works on the CPU only"):
+        parse_section(EmbeddingCatboostParams, given, key="x", path=tmp_path / "params.yaml")
 
 
 def test_a_run_that_is_stopped_keeps_the_fits_that_were_finished(folder, tmp_path):

@@ -100,12 +100,25 @@ class CatboostParams(FitParams):
     checkpoint_minutes: Annotated[float, Field(gt=0)] = 2.0
 
     @model_validator(mode="after")
-    def _joint_is_on_the_cpu(self) -> Self:
-        if self.joint and self.device == "cuda":
+    def _device_can_do_it(self) -> Self:
+        if self.only_on_cpu and self.device == "cuda":
             raise ValueError(
-                "`joint: true` runs on the CPU only, and `device` is 'cuda'; set one of them back"
+                f"`{self.only_on_cpu}` is {getattr(self, self.only_on_cpu)}, which works on the "
+                f"CPU only, and `device` is 'cuda'; set `device` to cpu or auto"
             )
         return self
+
+    @property
+    def only_on_cpu(self) -> str:
+        """Name of the setting that a GPU cannot follow; empty if there is none."""
+        return "joint" if self.joint else ""
+
+    def feature_weights(
+        self,
+        features: Sequence[str],  # noqa: ARG002 -- embedding_catboost tells them apart
+    ) -> list[float] | None:
+        """Return how much the gain of a split counts, by input; None: each the same."""
+        return None
 
 
 class _Config(Section):
@@ -216,7 +229,7 @@ def fit(
     num_rows = rows_to_learn_from(table.num_rows("train"), contract, params, recorder)
     _refuse_small_memory(num_rows, contract, params, resources)
     rows = _read_rows(table, views, params, num_rows, recorder)
-    task_type = "GPU" if not params.joint and _is_gpu_used(params) else "CPU"
+    task_type = "GPU" if not params.only_on_cpu and _is_gpu_used(params) else "CPU"
     recorder.params(
         {
             "device": task_type.lower(),
@@ -432,7 +445,10 @@ def _fit_group(
     loss = _loss(group, is_whole=not np.isnan(labels[is_known]).any())
     curve = _Curve(_title(group), loss, params.iterations, recorder)
     folder.mkdir(parents=True, exist_ok=True)
-    model = CatBoost(_settings(params, group, loss, task_type, folder))
+    settings = _settings(params, group, loss, task_type, folder)
+    if weights := params.feature_weights(config.features):
+        settings["feature_weights"] = weights
+    model = CatBoost(settings)
 
     def learn(callbacks: list[_Curve] | None) -> None:
         model.fit(
