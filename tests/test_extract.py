@@ -84,6 +84,17 @@ def test_row_id_is_the_documented_hash_of_the_key(case):
     assert rows["row_id"] == expected
 
 
+def test_text_and_bytes_beyond_ascii_come_through(case):
+    names = ["café", "naïve", "東京"]
+    lines = "".join(f"{i},{i / 7},{names[i % 3]},{i % 2}\n" for i in range(90))
+    case.write("rows.csv", f"id,x,name,y\n{lines}")
+    case.write("r.sql", "SELECT id, x, name, encode(name) AS raw, y FROM rows")
+    case.run(recipe="r.sql", key=["id"], columns={"raw": {"role": "ignore"}})
+    rows = case.rows()
+    assert set(rows["name"]) == set(names)
+    assert {raw.decode() for raw in rows["raw"]} == set(names)
+
+
 def test_composite_keys_do_not_run_together(case):
     more = "".join(f"k{i},v,{i % 5},{i % 2}\n" for i in range(60))
     case.write("rows.csv", f"a,b,x,y\nx,yz,1,1\nxy,z,2,0\n{more}")

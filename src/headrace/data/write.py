@@ -72,9 +72,13 @@ def split_digest(written: dict[str, Written]) -> str:
 
 
 def _group_rows(engine: Engine, relation: str, contract: Contract) -> int:
-    texts = [c.name for c in contract.columns if c.dtype in ("string", "binary")]
+    texts = {
+        c.name: "strlen" if c.dtype == "string" else "octet_length"  # both count bytes
+        for c in contract.columns
+        if c.dtype in ("string", "binary")
+    }
     lists = [c.name for c in contract.columns if c.dtype.startswith("list<")]
-    sums = [f"coalesce(sum(octet_length({identifier(n)}::BLOB)), 0)" for n in texts]
+    sums = [f"coalesce(sum({size}({identifier(n)})), 0)" for n, size in texts.items()]
     sums += [f"coalesce(sum(8 * len({identifier(n)})), 0)" for n in lists]
     num_rows, *totals = engine.row(f"SELECT {', '.join(['count(*)', *sums])} FROM {relation}")
     fixed = 9 + sum(
