@@ -34,6 +34,7 @@ RESOURCES = Resources()
 QUICK = {
     "baseline": {"kind": "linear"},
     "catboost": {"iterations": 40, "depth": 3},
+    "factorization": {"weight_decay": 0.01, "max_epochs": 3, "batch_rows": 64},
     "nn": {"hidden_sizes": [16], "max_epochs": 3, "batch_rows": 64},
     "tabnet": {"width": 4, "num_steps": 2, "max_epochs": 2, "batch_rows": 64, "health": "off"},
 }

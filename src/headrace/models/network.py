@@ -38,7 +38,7 @@ from headrace.data.shards import Shards, open_shards
 from headrace.data.stream import Batch, BatchStream, loader, to_tensors
 from headrace.data.transfer import Mode, to_device
 from headrace.errors import ConfigError, DataError, IntegrityError, SchemaError, nearest
-from headrace.models.network_params import NetworkParams
+from headrace.models.network_params import NetworkParams, OutputRange
 from headrace.models.protocol import TrainViews, Values
 from headrace.params import Resources, Section
 from headrace.record import Recorder
@@ -468,7 +468,7 @@ def target_scales(
     targets: Sequence[Target],
     learn: npt.NDArray[np.bool_],
     views: TrainViews,
-    ranges: Mapping[str, tuple[float, float]],
+    ranges: OutputRange,
 ) -> tuple[TargetScale, ...]:
     """Return mean and spread of each regression target over the rows that ``learn`` marks."""
     y_BT, weight_B = _labels(shards, learn, views)
@@ -481,7 +481,11 @@ def target_scales(
             continue
         mean = float(np.average(y, weights=weight))
         std = math.sqrt(float(np.average((y - mean) ** 2, weights=weight)))
-        low, high = ranges.get(target.name, (None, None))
+        low = high = None
+        if ranges != "seen":
+            low, high = ranges.get(target.name, (None, None))
+        elif std > 0:
+            low, high = float(y[weight > 0].min()), float(y[weight > 0].max())
         scales.append(TargetScale(mean=mean, std=std or 1.0, low=low, high=high))
     return tuple(scales)
 
@@ -828,15 +832,16 @@ def _inputs(encoder: Encoder) -> Inputs:
 
 def _refuse_unknown_targets(targets: Sequence[Target], params: NetworkParams, kind: str) -> None:
     names = [target.name for target in targets]
-    for key in ("target_weights", "output_range"):
-        for name in getattr(params, key):
+    ranges = {} if params.output_range == "seen" else params.output_range
+    for key, named in (("target_weights", params.target_weights), ("output_range", ranges)):
+        for name in named:
             if name not in names:
                 raise ConfigError(
                     f"`train.{kind}.{key}` names {name!r}, which is no target"
                     f"{nearest(name, names) or f'; targets: {names}'}"
                 )
     for target in targets:
-        bounds = params.output_range.get(target.name)
+        bounds = ranges.get(target.name)
         if bounds and (target.task != "regression" or not bounds[0] < bounds[1]):
             raise ConfigError(
                 f"`train.{kind}.output_range.{target.name}` is {list(bounds)} for a {target.task} "

@@ -1,11 +1,14 @@
 """The settings that all kinds of networks share, in a module that loads no torch."""
 
-from typing import Annotated
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
 from headrace.models.protocol import FitParams
 from headrace.training.params import TrainingParams
+
+Bounds: TypeAlias = dict[str, Annotated[tuple[float, float], Field(strict=False)]]
+OutputRange: TypeAlias = Bounds | Literal["seen"]
 
 
 class NetworkParams(TrainingParams, FitParams):
@@ -17,7 +20,5 @@ class NetworkParams(TrainingParams, FitParams):
     # metrics, as roc_auc_TARGET (see docs/training.md)
     stop_on: str = "loss"
     # Regression targets whose predictions never leave [low, high], by a sigmoid a little wider
-    # than that: for ratings, say.
-    output_range: dict[str, Annotated[tuple[float, float], Field(strict=False)]] = Field(
-        default_factory=dict
-    )
+    # than that: for ratings, say. seen: all of them, within the values of the rows learnt from.
+    output_range: OutputRange = Field(default_factory=dict)

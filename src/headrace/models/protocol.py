@@ -54,6 +54,7 @@ KINDS: Mapping[str, Kind] = {
     "catboost": Kind("headrace.models.catboost", "CatboostParams"),
     "nn": Kind("headrace.models.nn", "NnParams", can_share=True),
     "tabnet": Kind("headrace.models.tabnet", "TabnetParams"),
+    "factorization": Kind("headrace.models.factorization", "FactorizationParams", can_share=True),
 }
 # Kinds that are fed by what other models say. Each is made by a stage of its own, with a section
 # of its own, and is no entry of ``models``.

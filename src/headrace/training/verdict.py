@@ -42,8 +42,8 @@ _EXCESS = 0.02
 _NO_WIDENING = 0.01
 
 # Keys of a model's params, of which the first that it has is the one to try.
-_REGULARISERS = ("dropout", "input_noise", "column_mask", "mixup", "weight_decay")
-_CAPACITY = ("hidden_sizes", "width", "learning_rate")
+_REGULARISERS = ("dropout", "weight_decay", "input_noise", "column_mask", "mixup")
+_CAPACITY = ("hidden_sizes", "width", "dim", "learning_rate")
 
 Name = Literal["underfit", "overfit", "over-regularised", "fine"]
 
