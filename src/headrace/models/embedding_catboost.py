@@ -52,7 +52,8 @@ class EmbeddingCatboostParams(CatboostParams):
 
     features: Features = "predictions"
     # How much the gain of a split on such a feature counts beside that of one on a raw column. With
-    # 1 the trees say little more than the networks, and stop early; below 1 on the CPU only.
+    # 1 the trees say little more than the networks, which is good only where those are better
+    # (docs/embedding_catboost.md); below 1 on the CPU only.
     network_weight: Annotated[float, Field(gt=0, le=1)] = 0.02
 
     @property
