@@ -39,6 +39,7 @@ from headrace.evaluation.selection import (
     choose,
 )
 from headrace.memory import format_bytes
+from headrace.models.protocol import SECOND_LEVEL
 from headrace.params import Resources, Section
 from headrace.record import Recorder
 from headrace.schema import SPLITS, Contract, Target
@@ -223,10 +224,11 @@ def _refuse_seen(name: str, predictions: Predictions) -> None:
     seen = np.flatnonzero(is_seen)
     if len(seen):
         row_ids = [str(predictions.row_id[i]) for i in seen[:5]]
+        key = "train.nn" if name in SECOND_LEVEL else f"train.{name}"  # which feeds it
         raise DataError(
             f"model {name!r}, target {predictions.target!r}: {len(seen)} predictions are of rows "
             f"that it was fitted on or stopped on, first row ids {row_ids}; only rows that a model "
-            f"has not seen may be blended: set `train.{name}.stop_rows` to inner if it is valid"
+            f"has not seen may be blended: set `{key}.stop_rows` to inner if it is valid"
         )
 
 
