@@ -159,16 +159,19 @@ def _shared(name: str) -> Path:
 @pytest.mark.slow
 @pytest.mark.real
 def test_movielens_beats_the_mean(tmp_path: Path):
-    """Every model's gain over the mean of all ratings has an interval above 0."""
+    """The factorization is as good as its README says; all beat the mean beyond their intervals.
+
+    Others report .944 for biases alone and .934 for SVD, over folds of their own (Surprise).
+    """
     project = _copy("movielens", tmp_path)
     (project.root / "ml-100k").symlink_to(_shared("movielens_100k"))
-    quick = {"weight_decay": 0.01, "max_epochs": 12}
-    _quicken(project, factorization=quick, catboost={"iterations": 200, "max_ctr_complexity": 1})
+    quick = {"bag": "none", "iterations": 200, "max_ctr_complexity": 1}
+    _quicken(project, factorization={"bag": "none"}, catboost=quick)
     init(project.root)
     _repro(project)
     of_model = _metrics(project)["rating"]
     assert of_model["baseline"]["rmse"]["value"] == pytest.approx(1.154, abs=0.005)
-    assert of_model["factorization"]["rmse"]["value"] <= 0.96
+    assert of_model["factorization"]["rmse"]["value"] <= 0.945
     for model in ("factorization", "catboost", "stack"):
         assert of_model[model]["rmse"]["ci_high"] < of_model["baseline"]["rmse"]["ci_low"]
 
