@@ -145,6 +145,25 @@ def test_a_given_checkpoint_of_a_bag_brings_the_fits_that_are_finished(tmp_path,
     assert not (folder / GIVEN).exists()
 
 
+@pytest.mark.parametrize("given", ["", "fold-1", f"fold-1/weight-decay-1e-02/{NEWEST}"])
+def test_a_given_checkpoint_of_a_search_within_a_bag_is_the_newest_of_it(tmp_path, given):
+    """Trials of a fit have folders of their own; those before it are tried again."""
+    there = tmp_path / "kept"
+    shutil.copytree(leave(tmp_path), there)
+    earlier, running = (there / "fold-1" / f"weight-decay-1e-0{n}" for n in (1, 2))
+    for trial, age_s in ((earlier, 100), (running, 0)):
+        trial.mkdir(parents=True)
+        shutil.copy(there / NEWEST, trial)
+        os.utime(trial / NEWEST, (1e9 - age_s, 1e9 - age_s))
+    (there / NEWEST).unlink()
+    folder, warnings = ask(tmp_path, resume=there / given)
+
+    assert warnings == []
+    assert [path.relative_to(folder) for path in folder.rglob(GIVEN)] == [
+        running.relative_to(there) / GIVEN
+    ]
+
+
 def test_a_given_checkpoint_must_be_there_and_have_its_key(tmp_path):
     with pytest.raises(ConfigError, match="nowhere is not there"):
         ask(tmp_path, resume=tmp_path / "nowhere")
@@ -323,7 +342,7 @@ def test_resume_at_the_command_line_is_used_or_refused(project, monkeypatch, tmp
     assert refused.stderr.count("\n") == elsewhere.stderr.count("\n") == 1
     assert used.returncode == 0, used.stderr
     assert "Resumed in epoch 2 after 2 batches" in journal_of(project)
-    assert (good / NEWEST).is_file()
+    assert (good / "fold-0" / NEWEST).is_file()
     assert list(good.parent.iterdir()) == [good]  # the run's own are gone
 
 

@@ -8,7 +8,7 @@ of them when the stage has finished. A folder whose name is no key was put there
 alone, and so is the one that ``--resume`` names.
 
 A bag has a folder per fit below that of the key: checkpoints of the fit that runs, ``fitted`` of
-those that are finished.
+those that are finished. A fit that tries settings first has a folder per trial in its own.
 """
 
 import re
@@ -36,6 +36,7 @@ KEY = "key.json"
 _MOST_CHANGES = 4  # that one line names
 _MOST_LETTERS = 100  # of one of them
 _KEY_LETTERS = 16
+_MOST_LEVELS = 2  # of folders below that of the key: a fit's, and a search's within it
 _UNKNOWN = f"no {KEY} beside it says with which data, parameters and code it was made"
 
 
@@ -120,8 +121,7 @@ def _given_file(resume: Path) -> Path:
 
     paths = [resume]
     if resume.is_dir():
-        paths = [resume / NEWEST, *resume.glob(f"*/{NEWEST}"), resume / BEFORE]
-        paths += resume.glob(f"*/{BEFORE}")
+        paths = [path for name in (NEWEST, BEFORE) for path in _by_age(resume, name)]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         lacks = f"holds neither {NEWEST} nor {BEFORE}" if resume.is_dir() else "is not there"
@@ -129,12 +129,22 @@ def _given_file(resume: Path) -> Path:
     return path
 
 
+def _by_age(folder: Path, name: str) -> list[Path]:
+    """Return the files called ``name`` below ``folder``: its own first, then the newest."""
+
+    def place(path: Path) -> tuple[bool, float]:
+        return path.parent != folder, -path.stat().st_mtime
+
+    return sorted(folder.rglob(name), key=place)
+
+
 def _require_key(given: Path, entry: Mapping[str, Any]) -> Path:
     """Return the folder of the key that the checkpoint belongs to, which must be that of ``entry``.
 
-    It is the checkpoint's own folder, or in a bag the one above.
+    It is the checkpoint's own folder, or one above it: of a bag, of a search within a fit.
     """
-    folder = given.parent if (given.parent / KEY).exists() else given.parent.parent
+    above = given.parents[: _MOST_LEVELS + 1]
+    folder = next((one for one in above if (one / KEY).exists()), given.parent)
     found = _read_key(folder)
     if found is None:
         raise ConfigError(
