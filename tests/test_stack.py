@@ -289,6 +289,12 @@ def test_the_section_refuses_what_it_does_not_know(tmp_path):
         parse_section(StackParams, {"round": 3}, key="stack", path=tmp_path)
 
 
+def test_rounds_that_a_linear_stack_does_not_make_are_refused():
+    with pytest.raises(ValueError, match="rounds is 10, but method is linear"):
+        StackParams(method="linear", rounds=10)
+    assert StackParams(method="linear").rounds == StackParams(rounds=50).rounds
+
+
 def stack_changed(root, case, model, change):
     """Stack ``case`` with one member's predictions changed."""
     table, members = case.write(root)
@@ -358,6 +364,20 @@ def test_a_row_that_a_member_saw_is_refused(tmp_path):
         DataError, match=rf"'sharp', .*: 600 predictions .* it was fitted on.*'{first}'"
     ):
         stack_changed(tmp_path, case, "sharp", in_sample)
+
+
+def test_members_of_different_fold_plans_are_refused(tmp_path):
+    """Each has seen no row that it predicts, but the blend is cross-fitted over one plan."""
+    case = Case(targets=(LATE,))
+
+    def other_plan(found):
+        is_train = found.fold >= 0
+        fold = np.where(is_train, (found.fold + found.row_id % 2) % 5, -1).astype(np.int8)
+        return replace(found, fold=fold, seen=(fold + 1).astype(np.int32))
+
+    num_moved = int((case.row_id["train"] % 2 == 1).sum())
+    with pytest.raises(DataError, match=rf"'plain' and 'sharp' {num_moved} .* different folds"):
+        stack_changed(tmp_path, case, "sharp", other_plan)
 
 
 def test_one_row_of_a_fold_that_its_model_saw_is_refused(tmp_path):

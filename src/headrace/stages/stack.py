@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from headrace.data.predictions import (
     VALID_SEEN,
@@ -62,6 +62,15 @@ class StackParams(Section):
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     unit: UnitChoice = "auto"  # what is resampled: by the split days, its groups, or rows
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+    @model_validator(mode="after")
+    def _rounds_take_effect(self) -> Self:
+        if self.method == "linear" and self.rounds != StackParams.model_fields["rounds"].default:
+            raise ValueError(
+                f"rounds is {self.rounds}, but method is linear, which makes none; leave it out, "
+                f"or set method to greedy"
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -136,7 +145,7 @@ def read_members(members: Mapping[str, Path], target: Target, train: Truth) -> M
     Raises:
         DataError: valid or test rows that not all members predict, labelled train rows that a
             member predicts in part, or rows that a member was fitted on: with the count and the
-            first row ids.
+            first row ids. Members whose folds differ: with the count.
     """
     first: Predictions | None = None
     values: dict[str, Floats] = {}
@@ -150,8 +159,11 @@ def read_members(members: Mapping[str, Path], target: Target, train: Truth) -> M
         of_train = found.of_split("train")
         if len(of_train.row_id):
             places = line_up(of_train, train, ~np.isnan(train.labels[target.name]))
+            own_fold = of_train.fold[places].astype(np.int64)
+            if out_of_fold:
+                _refuse_other_folds(next(iter(out_of_fold)), name, fold != own_fold, target)
             out_of_fold[name] = of_train.values[places]
-            fold = of_train.fold[places].astype(np.int64)
+            fold = own_fold
         held_out = found.where(found.split != SPLITS.index("train"))
         values[name] = held_out.values
         if first is None:
@@ -239,6 +251,18 @@ def _refuse_different(first: Predictions, other: Predictions) -> None:
             f"target {first.target!r}: models {first.model!r} and {other.model!r} predict "
             f"different rows: {len(different)} row ids are in one and not in the other, first "
             f"{[str(i) for i in different[:5]]}; train both again on the same table "
+            f"(`headrace repro`)"
+        )
+
+
+def _refuse_other_folds(
+    first: str, other: str, is_different: npt.NDArray[np.bool_], target: Target
+) -> None:
+    """A blend is cross-fitted over the folds, which must be the same for all members."""
+    if is_different.any():
+        raise DataError(
+            f"target {target.name!r}: for models {first!r} and {other!r} {is_different.sum()} "
+            f"train rows are of different folds; train both again on the same table "
             f"(`headrace repro`)"
         )
 
