@@ -7,10 +7,12 @@
   search gives random predictions a small weight (by ROC-AUC on 2,000 rows: in 4 trials of 10).
 - The blend is chosen if the interval of its gain over the best single excludes 0, on the rows it
   was fitted on, but *cross-fitted*: each fold is predicted by the blend fitted on the other folds.
-  So neither the members nor the weights have seen the labels that judge them (8 similar models,
+  So neither the members nor the weights were fitted on labels that judge them (8 similar models,
   1,000 rows, mean of 60 trials: gain in RMSE by the very rows of the fit 0.037, cross-fitted 0.033,
-  on fresh rows 0.032; on 200 rows 0.049, 0.031, 0.037). A best single that
-  has no out-of-fold predictions is compared on valid rows, which the blend has not seen either.
+  on fresh rows 0.032; on 200 rows 0.049, 0.031, 0.037). A trace is left: the members that predict
+  the other folds have learnt from the fold that is judged. Only a nested scheme, with a fit per
+  pair of folds, would be rid of it. A best single that has no out-of-fold predictions is compared
+  on valid rows, which the blend has not seen either.
 
 Where no model has out-of-fold predictions, valid rows do all three: the blend is fitted on them,
 cross-fitted over fifths of the resampling units. Test rows never enter.
