@@ -393,7 +393,7 @@ def _cost(
     }
     if isinstance(section, FitParams) and section.bag != "none":
         extract = cast("ExtractParams", settings.section("extract"))
-        numbers["fits"] = float(extract.folds)
+        numbers["fits"] = float(extract.folds + 1)
     cost = stage_cost(stage, shape, numbers, resources, len(settings.members))
     if stage not in earlier or scale is None:
         return cost, "rates"

@@ -380,7 +380,7 @@ def _read_rows(
     row_id = read[ROW_ID].to_numpy()
     importance = read[weight].cast(pa.float64()).to_numpy() if weight else None
     if views.draw is not None:
-        counts = np.where(np.arange(len(fold)) < num_train, views.counts(row_id), 1)
+        counts = np.where(views.is_learnt(fold, row_id), views.counts(row_id), 1)
         importance = counts * (1.0 if importance is None else importance)
     return _TrainRows(
         inputs=inputs_of_table(read, contract.features, contract.named("category")),

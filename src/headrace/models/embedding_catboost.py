@@ -128,7 +128,9 @@ class NetworkFeatures:
             told = [self._told(name, encoded.where(places)) for name in who]
             for column in told[0]:
                 values = columns.setdefault(column, np.empty(len(encoded)))
-                values[places] = np.mean([one[column] for one in told], axis=0)
+                parts = [one[column] for one in told]
+                weights = [self.networks.weights[name] for name in who]
+                values[places] = np.average(parts, axis=0, weights=weights)
         if taken := [column for column in columns if column in rows.column_names]:
             raise DataError(
                 f"the table has the columns {taken}, as the features of the networks are called; "

@@ -420,7 +420,7 @@ def _out_of_fold(
     """Return each train row's prediction by the member that has not seen its fold."""
     values: Values = {}
     for plan in plans:
-        places = np.flatnonzero(fold == plan.scored)
+        places = np.flatnonzero(fold == plan.scored) if plan.scored is not None else ()
         if not len(places):
             continue
         part = rows.take(pa.array(places)) if isinstance(rows, pa.Table) else rows.where(places)

@@ -272,6 +272,11 @@ class _Run:
                 f"`stop_on` is {self._stop_on!r}, which is not validated"
                 f"{nearest(self._stop_on, names) or f'; there are: {names}'}"
             )
+        if math.isnan(found.figure(self._stop_on).value) and math.isfinite(found.losses.total()):
+            raise DataError(
+                f"`stop_on` is {self._stop_on!r}, which has no value on the held-back rows (one "
+                f"class only, say); set it to loss or to another metric"
+            )
         return found
 
     def _log(self, found: Validation) -> None:
