@@ -137,7 +137,7 @@ def test_model_json_holds_what_a_person_asks_and_nothing_of_this_run(folder, tmp
     text = (tmp_path / "out" / "model.json").read_text()
     content = json.loads(text)
 
-    assert content["members"] == [f"fold-{fold}" for fold in range(5)]
+    assert content["members"] == [*(f"fold-{fold}" for fold in range(5)), "whole"]
     assert content["summary"]["fold-0"]["targets"]["late"]["trees"] > 1
     assert str(tmp_path) not in text
     names = {path.relative_to(tmp_path / "out").parts[0] for path in (tmp_path / "out").iterdir()}
@@ -170,6 +170,10 @@ def test_a_model_that_uses_nothing_has_no_importances(folder, tmp_path):
 def test_an_unknown_model_names_the_nearest(folder, tmp_path):
     with pytest.raises(ConfigError, match="'basline' is not a kind of model; nearest name: base"):
         run(folder, "basline", tmp_path / "out")
+
+
+def table_columns(folder):
+    return open_table(folder / "reduce").contract.features
 
 
 def spoil(folder: Path, **columns):
@@ -232,7 +236,7 @@ def test_labels_are_counted_per_fit_and_class(folder):
     is_learnt = np.isin(fold, [0, 2, 3])  # 1 is predicted, 4 is for stopping
     values = [v for v, use in zip(table["delay"].to_pylist(), is_learnt, strict=True) if use]
 
-    assert len(counts) == 15
+    assert len(counts) == 18
     assert of_fit_1["class"].learnt_K.tolist() == [
         int((is_learnt & (labels == c)).sum()) for c in "abc"
     ]
@@ -247,6 +251,43 @@ def test_one_labelled_row_is_too_few(folder):
     few = replace(found, learnt_K=np.array([1]), held_back=5)
     with pytest.raises(DataError, match="has 1 labelled rows to learn from and 5 to stop on;"):
         refuse_unlearnable((few,))
+
+
+def test_rows_outside_train_get_half_of_the_folds_models_and_half_of_the_whole_one(
+    folder, tmp_path
+):
+    run(folder, "catboost", tmp_path / "out")
+    bag = load_model(tmp_path / "out")
+    rows = open_table(folder / "reduce").read("test", ["row_id", *table_columns(folder)])
+    order = np.argsort(rows["row_id"].to_numpy())
+    of_folds = np.mean(
+        [bag.members[f"fold-{fold}"].predict(rows)["delay"] for fold in range(5)], axis=0
+    )
+    expected = (of_folds + bag.members["whole"].predict(rows)["delay"]) / 2
+    found = read_predictions(tmp_path / "out", DELAY).of_split("test")
+
+    assert sum(bag.weights.values()) == pytest.approx(1)
+    assert found.values == pytest.approx(expected[order], rel=1e-12)
+    assert not np.allclose(expected, of_folds)
+
+
+def test_a_bootstrap_weighs_no_row_that_early_stopping_looks_at(folder, monkeypatch):
+    from headrace.models import catboost as module
+
+    seen = []
+    read = module._read_rows
+    monkeypatch.setattr(module, "_read_rows", lambda *args: seen.append(read(*args)) or seen[-1])
+    module.fit(
+        replace(plans_of(folder, bag="bootstrap")[0].views),
+        model_section("catboost").model_validate({"iterations": 2}),
+        checkpoints=folder / "bootstrap-checkpoints",
+        resources=RESOURCES,
+        recorder=MemoryRecorder(),
+    )
+    importance = open_table(folder / "reduce").read("train", ["importance"])["importance"]
+
+    assert seen[0].weight[seen[0].stop] == pytest.approx(importance.to_numpy()[seen[0].stop])
+    assert (seen[0].weight[seen[0].learn] > 1.99 * 2).any()
 
 
 def test_without_a_bag_one_model_predicts_no_train_row(folder, tmp_path):

@@ -2,10 +2,10 @@
 
 By default each fold gets a model fitted on the other folds. It predicts the rows of its own fold,
 so every train row has a prediction by a model that has not seen it (out-of-fold). One more model is
-fitted on all folds. Rows outside train get the mean of that one and of the folds' models, half each:
-the folds' models bring the gain of a bag, but each has seen a part of the rows only. On California
-housing trees come to an RMSE of .434 by the folds' models alone, .433 by one of all rows, .430 by
-both. A bag reads like one model wherever models are used.
+fitted on all folds. Rows outside train get the mean of that one and of the folds' models, half
+each: the folds' models bring the gain of a bag, but each has seen only a part of the rows. On
+California housing trees come to an RMSE of .434 by the folds' models alone, .433 by one of all
+rows, .430 by both. A bag reads like one model wherever models are used.
 
 Within the rows it is fitted on, each model holds some back for early stopping, never those it is
 scored on: the last fold of a time split, a whole fold of a grouped one, else a tenth of the rows by

@@ -263,8 +263,8 @@ def load_model(folder: Path) -> FittedModel:
         raise IntegrityError(
             f"{folder / MODEL_JSON} has format {found!r} and kind "
             f"{description.get('kind') if isinstance(description, dict) else None!r}; this "
-            f"headrace reads format 2 of the kinds {', '.join(known)}: run `headrace upgrade`, then "
-            f"`headrace repro`"
+            f"headrace reads format 2 of the kinds {', '.join(known)}; run `headrace upgrade`, "
+            f"then `headrace repro`"
         )
     kind = cast(KindModule, import_module(known[description["kind"]].module))
     native = folder / NATIVE

@@ -420,7 +420,9 @@ def _out_of_fold(
     """Return each train row's prediction by the member that has not seen its fold."""
     values: Values = {}
     for plan in plans:
-        places = np.flatnonzero(fold == plan.scored) if plan.scored is not None else ()
+        if plan.scored is None:
+            continue
+        places = np.flatnonzero(fold == plan.scored)
         if not len(places):
             continue
         part = rows.take(pa.array(places)) if isinstance(rows, pa.Table) else rows.where(places)
