@@ -453,7 +453,6 @@ def network(outputs=(1, 1, 3), *, members=1, numbers="plain"):
     sample = InputSample(
         np.random.default_rng(0).normal(size=(300, 2)).astype(np.float32),
         np.zeros((300, 1), np.int32),
-        np.zeros((300, 3)),
     )
     design = design_of(members=members, numbers=numbers)
     with RandomStream(0, device=torch.device("cpu")).lent():
@@ -650,7 +649,6 @@ def test_a_number_with_two_values_has_bins_too():
     sample = InputSample(
         np.tile(np.array([[-1.0, 3.0], [2.0, 3.0]], np.float32), (20, 1)),
         np.zeros((40, 0), np.int32),
-        np.zeros((40, 1)),
     )
     found = design_of(numbers="piecewise").statistics(sample, inputs, seed=0)
 

@@ -66,7 +66,6 @@ def network_of(design, **changes):
     sample = InputSample(
         np.repeat(np.array([[-1.5], [-0.5], [0.5], [1.5]], np.float32), 3, axis=1),
         np.zeros((4, 2), np.int32),
-        np.zeros((4, 3)),
     )
     with RandomStream(0, device=torch.device("cpu")).lent():
         return design.build(INPUTS, TARGETS, design.statistics(sample, INPUTS, seed=0))

@@ -96,13 +96,11 @@ class TargetScale(Section):
 class InputSample:
     """Some of the rows learnt from, for what a design fits before training.
 
-    Shapes: ``numeric_BN`` float32, standardised, NaN where missing; ``codes_BC`` integers;
-    ``y_BT`` float64 standardised values or class codes, NaN where missing.
+    Shapes: ``numeric_BN`` float32, standardised, NaN where missing; ``codes_BC`` integers.
     """
 
     numeric_BN: npt.NDArray[np.float32]
     codes_BC: npt.NDArray[Any]
-    y_BT: npt.NDArray[np.float64]
 
 
 PENALTY = "penalty"  # the name, among the losses, of what a network adds to them
@@ -360,7 +358,7 @@ def open_network(
     parts = _Parts.of(shards, views)
     inputs = _inputs(open_encoder(views.encoded))
     scales = target_scales(shards, targets, parts.learn, views, params.output_range)
-    sample = _sample(shards, parts.learn, targets, scales, seed=params.seed)
+    sample = _sample(shards, parts.learn, seed=params.seed)
     statistics = design.statistics(sample, inputs, seed=params.seed)
     with RandomStream(params.seed, _INIT, device=device).lent():
         network = design.build(inputs, targets, statistics)
@@ -525,21 +523,10 @@ def _some_of(shards: Shards, rows: npt.NDArray[np.bool_], most: int, *, seed: in
     return shards.take(places)
 
 
-def _sample(
-    shards: Shards,
-    learn: npt.NDArray[np.bool_],
-    targets: Sequence[Target],
-    scales: Sequence[TargetScale],
-    *,
-    seed: int,
-) -> InputSample:
-    """Return rows learnt from, at most ``_SAMPLE_ROWS``, with standardised labels."""
+def _sample(shards: Shards, learn: npt.NDArray[np.bool_], *, seed: int) -> InputSample:
+    """Return the inputs of rows learnt from, at most ``_SAMPLE_ROWS``."""
     rows = _some_of(shards, learn, _SAMPLE_ROWS, seed=seed)
-    y_BT = rows.targets.astype(np.float64)
-    for place, (target, scale) in enumerate(zip(targets, scales, strict=True)):
-        if target.task == "regression":
-            y_BT[:, place] = (y_BT[:, place] - scale.mean) / scale.std
-    return InputSample(rows.numeric.astype(np.float32), rows.codes, y_BT)
+    return InputSample(rows.numeric.astype(np.float32), rows.codes)
 
 
 class NetworkLearner:

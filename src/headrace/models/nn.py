@@ -1,9 +1,9 @@
 """Kind ``nn``: one network for all targets, trained from encoded shards.
 
-Only the section and the two entries of the protocol are here, so that reading params.yaml loads no
-torch; the network itself is in ``mlp``. Memory does not grow with the inputs: batches come
-from the shards on disk. Weights depend on ``threads``, which is why it is a parameter and no
-resource.
+Only the section and the entries of the protocol are here, so that reading params.yaml loads no
+torch; the network itself is in ``mlp``. Batches come from the shards on disk; held in memory are,
+per row, only its fold, id, labels and weight. Weights depend on ``threads``, which is why it is a
+parameter and no resource.
 
 The defaults reach published tuned networks on tables of numbers (California housing) and of mixed
 columns (Adult): ``benchmarks/quality.py``. ``members: 1`` makes a plain MLP of it, several times

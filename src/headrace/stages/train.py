@@ -312,7 +312,7 @@ def _fault(counts: LabelCounts) -> str:
         return (
             f"{where} has {counts.learnt_K.sum()} labelled rows to learn from and "
             f"{counts.held_back} to stop on{of_fit}; at least 2 and 1 are needed: check the "
-            f"column, or choose other train rows in `extract.split`"
+            f"column, give train more rows in `extract.split`, or set `bag` to none"
         )
     if target.task == "regression":
         if counts.low == counts.high:
