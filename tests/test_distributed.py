@@ -97,7 +97,7 @@ def test_a_stage_that_ranks_cannot_share_is_refused(tmp_path, monkeypatch):
     for name, value in (LAUNCHED | {"RANK": "0", "LOCAL_RANK": "0"}).items():
         monkeypatch.setenv(name, value)
     for stage in ("train@baseline", "extract"):
-        told = f"stage {stage} was started by torchrun as 4 processes, which only train@nn can"
+        told = f"stage {stage} was started by torchrun as 4 processes, which only train@nn, "
         with pytest.raises(ConfigError, match=told):
             run_stage(Project(tmp_path), stage)
 

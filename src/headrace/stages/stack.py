@@ -290,7 +290,8 @@ def _choose(
     )
     out_of_fold = None
     # One model alone is no blend: where the others predict no train row, valid rows do it all.
-    if len(told.out_of_fold) >= min(2, len(told.values)):
+    first_level = [name for name in told.values if name not in SECOND_LEVEL]
+    if len(told.out_of_fold) >= min(2, len(first_level)):
         is_known = ~np.isnan(train.labels[target.name])
         out_of_fold = LabelledRows(
             "out_of_fold",
