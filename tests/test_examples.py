@@ -112,7 +112,6 @@ def test_adult_keeps_its_given_split_and_one_spelling_of_the_classes(tmp_path: P
 def test_water_runs_to_its_end_with_honest_intervals(tmp_path: Path):
     """By DVC, as a person runs it: nothing beats the others by more than chance, all beat 0.5."""
     project = _copy("water", tmp_path)
-    _quicken(project, nn={"max_epochs": 12, "members": 2})
     init(project.root)
     _repro(project)
 
