@@ -31,8 +31,8 @@ reduce: {}
 encode: {}
 train:
   baseline: {}
-  nn: {device: cpu, batch_rows: 64, hidden_sizes: [16], dropout: 0.0, max_epochs: 12,
-       checkpoint_minutes: 0.0}
+  nn: {device: cpu, batch_rows: 64, members: 1, bins: 16, hidden_sizes: [16], dropout: 0.0,
+       max_epochs: 6, checkpoint_minutes: 0.0}
 stack: {}
 evaluate: {}
 publish: {}
@@ -106,7 +106,8 @@ def test_two_ranks_run_the_stage_as_one(encoded: Path, alone: Path, tmp_path: Pa
 
     assert out.count("nn learnt y, late; predicted rows") == out.count("\n") == 1
     assert [event["event"] for event in told].count("stage_open") == 1
-    assert next(e["values"]["ranks"] for e in told if e.get("values", {}).get("ranks")) == 2
+    ranks = [e["values"] for e in told if "fold-0/ranks" in e.get("values", {})]
+    assert [values["fold-0/ranks"] for values in ranks] == [2]
     assert [e["status"] for e in told if e["event"] == "stage_close"] == ["finished"]
     assert not list(Project(folder).checkpoints.rglob("*.ckpt"))
     for name, expected in _predictions(alone).items():
@@ -135,7 +136,7 @@ def test_a_killed_rank_ends_the_stage_and_one_process_resumes_it(
     before = len(_events(folder))
     _run(folder, "-m", "headrace", "stage", "train@nn")
     notes = [event["text"] for event in _events(folder)[before:] if event["event"] == "note"]
-    assert notes[0].startswith("Resumed in epoch")
+    assert notes[0].startswith("fold-0: Resumed in epoch")
     assert "written by 2 ranks and goes on with 1" in notes[1]
     for name, expected in _predictions(alone).items():
         np.testing.assert_allclose(_predictions(folder)[name], expected, rtol=1e-3, atol=1e-4)
