@@ -26,6 +26,7 @@ from headrace.tracking.journal import (
     open_stage,
     read_progress,
     read_run,
+    reopen_run,
     run_path,
 )
 
@@ -381,3 +382,24 @@ def test_an_orphan_of_headrace_repro_is_interrupted_even_between_two_stages(tmp_
     owner.wait()
     close_stale(tmp_path)
     assert read_run(run_path(tmp_path, run.run_id)).status == "interrupted"
+
+
+def test_a_run_that_ended_is_gone_on_with_by_another_owner(folder: Path) -> None:
+    """The new owner counts: a run that goes on is not closed because the first one is gone."""
+    gone = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    first = open_run(folder, kind="search", owner_pid=gone.pid)
+    first.stage("trial-0000").close("finished", exit_code=0)
+    gone.kill()
+    gone.wait()
+    assert close_stale(folder) == (first.run_id,)
+    before = only_run(folder)
+    assert before.status == "interrupted"
+
+    again = reopen_run(folder, first.run_id)
+    assert only_run(folder).status == "running"
+    assert close_stale(folder) == ()
+    again.stage("trial-0001").close("finished", exit_code=0)
+    again.close("finished")
+    after = only_run(folder)
+    assert (after.kind, after.status, after.opened) == ("search", "finished", before.opened)
+    assert [stage.stage for stage in after.stages] == ["trial-0000", "trial-0001"]

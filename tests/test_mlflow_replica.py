@@ -18,7 +18,7 @@ import pytest
 
 from headrace.errors import ConfigError, DependencyError
 from headrace.tracking import replica
-from headrace.tracking.journal import RunJournal, list_runs, open_run
+from headrace.tracking.journal import RunJournal, list_runs, open_run, reopen_run
 from headrace.tracking.location import (
     DATABASE,
     connect,
@@ -237,6 +237,31 @@ def test_reused_stages_link_to_the_run_that_made_them(project: Path) -> None:
     assert (
         f"reused from run [{first.run_id}](#/experiments/" in reused["tags"]["mlflow.note.content"]
     )
+
+
+def test_the_trials_of_a_search_are_nested_in_one_run(project: Path) -> None:
+    """Also those of a later call; the run itself does not repeat the settings of all of them."""
+    run = open_run(journal_of(project), kind="search")
+    for number, status in enumerate(("finished", "failed")):
+        trial = run.stage(f"trial-000{number}")
+        trial.params({"depth": number})
+        trial.metrics({"late/valid_roc_auc": 0.7, "late/valid_roc_auc_ci_low": 0.6})
+        trial.close(status, exit_code=0)
+    run.close("interrupted")
+    send(project)
+    again = reopen_run(journal_of(project), run.run_id)
+    again.stage("trial-0002").close("finished", exit_code=0)
+    again.close("finished")
+    send(project)
+
+    *trials, parent = sorted(stored(project), key=lambda run: run["name"].startswith("0"))
+    assert (parent["name"], parent["status"], parent["params"]) == (run.run_id, "FINISHED", {})
+    assert parent["tags"]["headrace.door"] == "search"
+    assert [one["name"] for one in trials] == ["trial-0000", "trial-0001", "trial-0002"]
+    assert [one["status"] for one in trials] == ["FINISHED", "FAILED", "FINISHED"]
+    assert {one["tags"]["parent"] for one in trials} == {run.run_id}
+    assert trials[0]["params"] == {"depth": "0"}
+    assert trials[0]["metrics"]["late/valid_roc_auc_ci_low"][0][0] == 0.6
 
 
 class FailingClient:

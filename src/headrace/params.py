@@ -115,8 +115,24 @@ def parse_section(kind: type[SectionKind], raw: object, *, key: str, path: Path)
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        faults = [_describe(fault, kind, key) for fault in error.errors()]
+        faults = [describe_fault(fault, kind, key) for fault in error.errors()]
         raise ConfigError(f"{path}: {'; '.join(faults)}") from error
+
+
+def describe_fault(fault: Any, kind: type[Section], key: str) -> str:
+    """Say what is wrong with one value of section ``kind``, which stands at ``key``."""
+    names = [str(part) for part in fault["loc"]]
+    place = ".".join([key, *names])
+    if fault["type"] == "extra_forbidden":
+        known = _fields_at(kind, fault["loc"][:-1])
+        hint = nearest(names[-1], known) or (f"; known: {', '.join(known)}" if known else "")
+        return f"`{place}` is not a known parameter{hint}"
+    if fault["type"] == "missing":
+        return f"`{place}` is missing"
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "value_error" and isinstance(fault["input"], Mapping):
+        return f"`{place}`: {message}"  # a rule between its settings names those that matter
+    return f"`{place}` is {fault['input']!r}: {message[0].lower()}{message[1:]}"
 
 
 def _refuse_ambiguity(node: yaml.Node, path: Path, *, key: str, seen: set[int]) -> None:
@@ -171,21 +187,6 @@ def _children(node: yaml.Node) -> list[tuple[str, yaml.Node]]:
     if isinstance(node, yaml.SequenceNode):
         return [(str(position), item) for position, item in enumerate(node.value)]
     return []
-
-
-def _describe(fault: Any, kind: type[Section], key: str) -> str:
-    names = [str(part) for part in fault["loc"]]
-    place = ".".join([key, *names])
-    if fault["type"] == "extra_forbidden":
-        known = _fields_at(kind, fault["loc"][:-1])
-        hint = nearest(names[-1], known) or (f"; known: {', '.join(known)}" if known else "")
-        return f"`{place}` is not a known parameter{hint}"
-    if fault["type"] == "missing":
-        return f"`{place}` is missing"
-    message = fault["msg"].removeprefix("Value error, ")
-    if fault["type"] == "value_error" and isinstance(fault["input"], Mapping):
-        return f"`{place}`: {message}"  # a rule between its settings names those that matter
-    return f"`{place}` is {fault['input']!r}: {message[0].lower()}{message[1:]}"
 
 
 def _fields_at(kind: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:

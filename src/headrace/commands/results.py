@@ -29,13 +29,22 @@ class Result:
     @property
     def interval(self) -> str:
         """The value with its interval, to two digits of the interval's width."""
-        if self.value is None:
-            return "undefined"
-        # As many decimals for the bounds as four digits of the value need.
-        decimals = max(0, 3 - math.floor(math.log10(abs(self.value) or 1.0)))
-        if self.low is None or self.high is None:
-            return f"{self.value:.{decimals}f}"
-        return f"{self.value:.{decimals}f} [{self.low:.{decimals}f}, {self.high:.{decimals}f}]"
+        return interval_text(self.value, self.low, self.high)
+
+
+def interval_text(value: float | None, low: float | None, high: float | None) -> str:
+    """Return a value with its interval.
+
+    >>> interval_text(0.69281, 0.6621, 0.7333)
+    '0.6928 [0.6621, 0.7333]'
+    """
+    if value is None:
+        return "undefined"
+    # As many decimals for the bounds as four digits of the value need.
+    decimals = max(0, 3 - math.floor(math.log10(abs(value) or 1.0)))
+    if low is None or high is None:
+        return f"{value:.{decimals}f}"
+    return f"{value:.{decimals}f} [{low:.{decimals}f}, {high:.{decimals}f}]"
 
 
 def results(project: Project) -> list[Result]:

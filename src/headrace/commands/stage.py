@@ -14,6 +14,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -80,8 +81,9 @@ def _run(project: Project, stage: str, launch: "Launch | None", resume: Path | N
         require_resumable(stage, _resumable(settings))
     family = _family(launch)
     resources = _resources(settings.resources, family, launch)
-    with _Stopper(project, stage) as stopper, open_stage(project.journal, stage) as journal:
-        with _watch(stage, family, settings.resources.memory_budget, stopper) as watch:
+    stopping = _Stopper(project, stage, f"stage {stage}")
+    with stopping as stopper, open_stage(project.journal, stage) as journal:
+        with _watch(family, settings.resources.memory_budget, stopper) as watch:
             try:
                 with _joined(launch):
                     result = _call(project, stage, settings, section, resources, journal, resume)
@@ -99,9 +101,9 @@ def _assist(project: Project, stage: str, launch: "Launch") -> None:
     resources = _resources(settings.resources, family, launch)
     table, encoded = project.data("reduce"), project.data("encode")
     entry = stage_entry(project, stage, section, [table, encoded])
-    with _Stopper(project, stage) as stopper, ExitStack() as stack:
+    with _Stopper(project, stage, f"stage {stage}") as stopper, ExitStack() as stack:
         if launch.local_rank == 0:  # the first of this machine, whose memory it watches
-            stack.enter_context(_watch(stage, family, settings.resources.memory_budget, stopper))
+            stack.enter_context(_watch(family, settings.resources.memory_budget, stopper))
         stack.enter_context(_joined(launch))
         assist(
             table,
@@ -164,12 +166,40 @@ def _resources(resources: Resources, family: int, launch: "Launch | None") -> Re
     return left.model_copy(update={"memory_budget": left.memory_budget // launch.local_size})
 
 
-def _watch(stage: str, family: int, budget: int, stopper: "_Stopper") -> MemoryWatch:
+def _watch(family: int, budget: int, stopper: "_Stopper") -> MemoryWatch:
     return MemoryWatch(
         family,
         budget_bytes=budget,
-        on_excess=lambda held: stopper.stop_with(_over_budget(stage, held, budget)),
+        on_excess=lambda held: stopper.stop_with(_over_budget(stopper.what, held, budget)),
     )
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What a command may use, and what became of it so far."""
+
+    resources: Resources
+    stopper: "_Stopper"
+    watch: MemoryWatch
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether the error that is on its way ends the command."""
+        return self.stopper.is_stopping
+
+
+@contextmanager
+def guarded(project: Project, name: str, resources: Resources) -> Iterator[Guard]:
+    """Watch over a command that fits models, as over a stage: signals and memory end it in order.
+
+    Raises:
+        Stopped: on SIGINT or SIGTERM.
+        ResourceError: if it holds more than the memory budget.
+    """
+    left = _what_is_left(resources, held_bytes(os.getpid()))
+    stopper = _Stopper(project, name, name)
+    with stopper, _watch(os.getpid(), resources.memory_budget, stopper) as watch:
+        yield Guard(left, stopper, watch)
 
 
 def require_locked_code(project: Project, stage: str) -> None:
@@ -191,12 +221,13 @@ def require_locked_code(project: Project, stage: str) -> None:
 class _Stopper:
     """Turns SIGINT, SIGTERM and a memory excess into one exception in the main thread."""
 
-    def __init__(self, project: Project, stage: str) -> None:
+    def __init__(self, project: Project, name: str, what: str) -> None:
+        self.what = what  # in words
+        self.is_stopping = False
         self._project = project
-        self._stage = stage
-        self._is_stopping = False
+        self._name = name
         self._error: HeadraceError = Stopped(
-            f"stage {stage} was stopped; run again to resume: finished stages and checkpoints stay"
+            f"{what} was stopped; run again to resume: what is finished and checkpoints stay"
         )
 
     def __enter__(self) -> "_Stopper":
@@ -219,12 +250,12 @@ class _Stopper:
         timer.start()
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
-        if not self._is_stopping:  # a second signal must not cut the orderly stop short
-            self._is_stopping = True
+        if not self.is_stopping:  # a second signal must not cut the orderly stop short
+            self.is_stopping = True
             raise self._error
 
     def _force(self) -> None:
-        write_failure(self._project, self._stage, self._error.exit_code, str(self._error))
+        write_failure(self._project, self._name, self._error.exit_code, str(self._error))
         os._exit(self._error.exit_code)
 
 
@@ -305,9 +336,9 @@ def _what_is_left(resources: Resources, held: int) -> Resources:
     return resources.model_copy(update={"memory_budget": left})
 
 
-def _over_budget(stage: str, held: int, budget: int) -> ResourceError:
+def _over_budget(what: str, held: int, budget: int) -> ResourceError:
     return ResourceError(
-        f"stage {stage} was stopped: the run held {format_bytes(held)}, more than "
+        f"{what} was stopped: the run held {format_bytes(held)}, more than "
         f"`resources.memory_budget` of {format_bytes(budget)} allows; raise it in params.yaml"
     )
 

@@ -29,6 +29,7 @@ from headrace.tracking.replica import (
     find_experiment,
     find_parent,
     replicate,
+    replicate_or_defer,
     results_table,
 )
 
@@ -81,6 +82,15 @@ def sync_or_defer(project: Project) -> str:
     except HeadraceError as error:
         return str(error)
     return ""
+
+
+def send_runs(project: Project) -> str:
+    """Send to MLflow what it lacks of the journal; return what went wrong, if anything did."""
+    from headrace.stages.publish import PublishParams
+
+    name = cast(PublishParams, read_settings(project).section("publish")).name
+    store = find_store(project.root)
+    return replicate_or_defer(project.journal, store, experiment=name).problem
 
 
 def complete_last_run(project: Project) -> None:

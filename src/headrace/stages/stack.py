@@ -119,7 +119,7 @@ def stack(
         ResourceError: rows that do not fit the memory budget, with the figure needed.
     """
     source = open_table(table)
-    metrics = _metrics(source.contract, params)
+    metrics = chosen_metrics(source.contract, params)
     for folder in members.values():
         verify_folder(folder)
     _require_memory(source, members, resources)
@@ -174,15 +174,12 @@ def read_members(members: Mapping[str, Path], target: Target, train: Truth) -> M
     return Members(first, values, out_of_fold, fold, frozenset(folds_seen))
 
 
-def _truth(source: Table, split: str, params: StackParams, recorder: Recorder) -> Truth:
-    truth = read_truth(source, split, unit=params.unit, key="stack.unit")
-    recorder.dataset(
-        split, path=source.folder, digest=truth.digest, num_rows=len(truth.row_id), context=split
-    )
-    return truth
+def chosen_metrics(contract: Contract, params: StackParams) -> dict[str, Metric]:
+    """Return by which metric a model is chosen, per target.
 
-
-def _metrics(contract: Contract, params: StackParams) -> dict[str, Metric]:
+    Raises:
+        ConfigError: a metric that the target's task does not have, or for no target.
+    """
     names = [target.name for target in contract.targets]
     for name in params.metric:
         if name not in names:
@@ -197,6 +194,14 @@ def _metrics(contract: Contract, params: StackParams) -> dict[str, Metric]:
         except ValueError as error:
             raise ConfigError(f"`stack.metric.{target.name}`: {error}") from error
     return chosen
+
+
+def _truth(source: Table, split: str, params: StackParams, recorder: Recorder) -> Truth:
+    truth = read_truth(source, split, unit=params.unit, key="stack.unit")
+    recorder.dataset(
+        split, path=source.folder, digest=truth.digest, num_rows=len(truth.row_id), context=split
+    )
+    return truth
 
 
 def _require_memory(source: Table, members: Mapping[str, Path], resources: Resources) -> None:

@@ -373,9 +373,32 @@ def predict_rows(
     ``seen_before`` are folds that the models feeding this one have seen; it has seen them, too.
     """
     splits = (*PREDICTED_SPLITS, *(("train",) if isinstance(whole, BaggedModel) else ()))
-    total = sum(table.num_rows(split) for split in splits)
     if not sum(table.num_rows(split) for split in PREDICTED_SPLITS):
         raise DataError("there are no valid and no test rows to predict; change `extract.split`")
+    for target, found in zip(
+        table.contract.targets,
+        predictions_of(
+            whole, plans, model, table, encoded, splits, recorder, seen_before=seen_before
+        ),
+        strict=True,
+    ):
+        write_predictions(folder, found, target)
+    return {name: int((found.split == SPLITS.index(name)).sum()) for name in splits}
+
+
+def predictions_of(
+    whole: FittedModel,
+    plans: Sequence[FitPlan],
+    model: str,
+    table: Table,
+    encoded: Path,
+    splits: Sequence[str],
+    recorder: Recorder,
+    *,
+    seen_before: Collection[int] = (),
+) -> Iterator[Predictions]:
+    """Predict all rows of ``splits``, target by target; a bag predicts train rows out of fold."""
+    total = sum(table.num_rows(split) for split in splits)
     told = _Told([], [], [])
     num_rows = dict.fromkeys(splits, 0)
     for split in splits:
@@ -390,25 +413,20 @@ def predict_rows(
             told.values.append(values)
             num_rows[split] += len(row_id)
             recorder.progress(sum(num_rows.values()), total, unit="rows", detail=f"predict {split}")
-    fold = np.concatenate(told.folds)
+    row_id, fold = np.concatenate(told.row_ids), np.concatenate(told.folds)
     folds_seen, seen = _seen(plans, fold, seen_before)
     codes = np.array([SPLITS.index(split) for split in splits], np.int8)
     for target in table.contract.targets:
-        write_predictions(
-            folder,
-            Predictions(
-                model=model,
-                target=target.name,
-                row_id=np.concatenate(told.row_ids),
-                fold=fold,
-                split=np.repeat(codes, list(num_rows.values())),
-                values=np.concatenate([part[target.name] for part in told.values]),
-                folds_seen=folds_seen,
-                seen=seen,
-            ),
-            target,
+        yield Predictions(
+            model=model,
+            target=target.name,
+            row_id=row_id,
+            fold=fold,
+            split=np.repeat(codes, list(num_rows.values())),
+            values=np.concatenate([part[target.name] for part in told.values]),
+            folds_seen=folds_seen,
+            seen=seen,
         )
-    return num_rows
 
 
 def _out_of_fold(

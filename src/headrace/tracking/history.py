@@ -19,7 +19,8 @@ from headrace.storage import read_json
 
 RUN_ID_VARIABLE = "HEADRACE_RUN_ID"
 # Who ran the stages: `headrace run`, `headrace repro`, plain dvc, or a person, one stage.
-RunKind = Literal["flow", "repro", "dvc", "stage"]
+# The stages of `headrace search` are trials, and none of the pipeline's.
+RunKind = Literal["flow", "repro", "dvc", "stage", "search"]
 RunStatus = Literal["running", "finished", "failed", "interrupted"]
 StageStatus = Literal["running", "finished", "failed", "stopped", "interrupted"]
 
@@ -176,15 +177,16 @@ def read_run(path: Path) -> Run:
     events = _read_events(path)
     if not events or events[0].kind != "run_open":
         raise IntegrityError(f"{path} does not start with `run_open`; move it away to go on")
-    opening = events[0]
     own = tuple(event for event in events if not event.stage_run and event.kind != "stage_open")
+    opening = _last(own, "run_open")
+    assert opening is not None
     lineage = _last(own, "lineage")
     results = _last(own, "results")
     closing = _closing(events)
     return Run(
         run_id=path.stem,
         kind=opening.data["run_kind"],
-        opened=opening.time,
+        opened=events[0].time,  # it may have been opened again since
         owner=opening.data["owner"],
         host=opening.data["host"],
         commit=opening.data["commit"],

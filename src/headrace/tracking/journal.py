@@ -67,6 +67,7 @@ __all__ = [
     "open_stage",
     "read_progress",
     "read_run",
+    "reopen_run",
     "run_path",
 ]
 
@@ -222,6 +223,13 @@ def open_run(folder: Path, *, kind: RunKind, owner_pid: int | None = None) -> Ru
         return _open_run(folder, kind=kind, owner_pid=owner_pid or os.getpid())
 
 
+def reopen_run(folder: Path, run_id: str) -> RunJournal:
+    """Go on with a run that has ended: this process owns it, and closes it again."""
+    with _folder_lock(folder):
+        kind = read_run(run_path(folder, run_id)).kind
+        return _open_run(folder, kind=kind, owner_pid=os.getpid(), run_id=run_id)
+
+
 @contextlib.contextmanager
 def open_stage(folder: Path, stage: str) -> Iterator[StageJournal]:
     """Yield the recorder of ``stage`` in the run this process belongs to; close both as due.
@@ -355,7 +363,9 @@ def _close_orphan(folder: Path, run: Run) -> None:
         journal._append("stage_close", data, stage_run=stage.stage_run)
     if any(stage.status == "failed" for stage in run.stages):
         journal.close("failed")
-    elif run.kind in ("flow", "repro") or any(stage.status != "finished" for stage in run.stages):
+    elif run.kind in ("flow", "repro", "search") or any(
+        stage.status != "finished" for stage in run.stages
+    ):
         journal.close("interrupted")
     else:
         journal.close("finished")

@@ -209,9 +209,9 @@ class _Sender:
             if reused:
                 made[stage] = reused
         self._send_events(parent, run.events, since=since)
-        self._set_params(
-            parent, {f"{name}.{key}": v for name, s in made.items() for key, v in s.params.items()}
-        )
+        if run.kind != "search":  # whose trials have the same settings, with other values
+            params = {f"{name}.{k}": v for name, s in made.items() for k, v in s.params.items()}
+            self._set_params(parent, params)
         self._send_inputs(parent, [event for stage in made.values() for event in stage.events])
         if run.results:
             self._send_results(run, parent, child_of)
