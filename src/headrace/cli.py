@@ -344,6 +344,45 @@ def diagnose(
 
 
 @app.command()
+def search(
+    model: Annotated[str, typer.Argument(help="Model whose section `search.MODEL` is looked at.")],
+    trials: Annotated[
+        int | None,
+        typer.Option("--trials", help="In all, earlier calls included; default: 20, or the time."),
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option("--budget", help="Time of this call, such as 90s, 30m or 1h30m.")
+    ] = None,
+    method: Annotated[str, typer.Option("--method", help="tpe, random or grid.")] = "tpe",
+    target: Annotated[
+        str | None, typer.Option("--target", "-t", help="Target to score by; default: the first.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of what is tried.")] = 0,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Wait for another run in this folder, not refuse.")
+    ] = False,
+) -> None:
+    """Try settings of one model, score them on held-out rows, and write the best ones to a file."""
+    from headrace.commands.budget import parse_duration
+    from headrace.commands.search import search as look
+    from headrace.commands.trials import method_of
+
+    project = _project()
+    look(
+        project,
+        model,
+        method=method_of(method),
+        trials=trials,
+        budget_s=parse_duration(budget) if budget else None,
+        target=target,
+        seed=seed,
+        wait=wait,
+        console=_console(),
+    )
+    _send_runs(project)
+
+
+@app.command()
 def stage(
     name: Annotated[str, typer.Argument(help="Stage, such as extract or train@nn.")],
     resume: Annotated[
@@ -366,6 +405,13 @@ def stage(
 
         if problem := sync_or_defer(project):
             typer.echo(f"headrace: MLflow is not up to date ({problem})", err=True)
+
+
+def _send_runs(project: "Project") -> None:
+    from headrace.commands.sync import send_runs
+
+    if problem := send_runs(project):
+        typer.echo(f"headrace: MLflow is not up to date ({problem})", err=True)
 
 
 def _console() -> "Console":

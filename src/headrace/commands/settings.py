@@ -9,11 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from headrace.errors import ConfigError, nearest
 from headrace.params import Resources, Section, parse_section, read_yaml
 from headrace.project import EMBEDDING_CATBOOST, Project
+
+if TYPE_CHECKING:
+    from headrace.commands.space import Space
 
 VERSION = 1
 # Stage sections: name in params.yaml -> class; the class lives in headrace.stages.NAME.
@@ -30,7 +33,7 @@ _SECTIONS = {
 }
 # Of the example, of databases, and of a model that is off by default.
 _OPTIONAL = ("raw", "watermark", EMBEDDING_CATBOOST)
-_KNOWN = ("version", "resources", "models", "train", *_SECTIONS)
+_KNOWN = ("version", "resources", "models", "train", "search", *_SECTIONS)
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,22 @@ class Settings:
         section: Section = parse_section(kind, self.content.get(name), key=name, path=self.path)
         return section
 
+    def base(self, model: str) -> Mapping[str, Any]:
+        """Return what params.yaml says of ``model``, as it is written."""
+        trained = self.content.get("train") or {}
+        found = self.content.get(model) if model == EMBEDDING_CATBOOST else trained.get(model)
+        return found or {}
+
+    def space(self, model: str) -> "Space":
+        """Return the checked section ``search.MODEL``."""
+        from headrace.commands.space import read_space
+
+        kind = type(self.section(stage_of(model)))
+        spaces = self.content.get("search") or {}
+        if not isinstance(spaces, Mapping):
+            raise ConfigError(f"{self.path}: `search` must have a section per model")
+        return read_space(spaces.get(model), model, kind, self.base(model), self.path)
+
     def check(self) -> None:
         """Validate every section that params.yaml has.
 
@@ -125,6 +144,8 @@ class Settings:
         for name in _SECTIONS:
             if name in self.content:
                 self.section(name)
+        for model in self.content.get("search") or ():
+            self.space(str(model))
 
     def require_all(self) -> None:
         """Check that every section is written: DVC cannot depend on what is not there.
@@ -141,6 +162,11 @@ class Settings:
                 f"{self.path}: section `{missing[0]}` is missing; for its defaults write "
                 f"`{name}: {{}}`{' under `train`' if '.' in missing[0] else ''}"
             )
+
+
+def stage_of(model: str) -> str:
+    """Return the stage that makes ``model``."""
+    return model if model == EMBEDDING_CATBOOST else f"train@{model}"
 
 
 def read_resources(project: Project) -> Resources:

@@ -1,0 +1,141 @@
+"""Fitting a model outside of the pipeline: in a scratch folder, with its predictions in memory.
+
+What the stages do, without their outs: ``data/`` and dvc.lock stay as they are. The fits resume
+from the checkpoints of their scratch folder, as those of a stage do.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from headrace.data.predictions import Predictions, read_predictions
+from headrace.data.table import Table, open_table
+from headrace.models.bagging import WHOLE, BaggedModel, FitPlan
+from headrace.models.protocol import SECOND_LEVEL
+from headrace.params import Resources, Section
+from headrace.project import EMBEDDING_CATBOOST, Project
+from headrace.record import Recorder, Scalar
+from headrace.stages.train import fit_all, plan_fits, predictions_of
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a model is fitted on: folders as the stages write them, and the cache of frames."""
+
+    table: Path
+    encoded: Path
+    cache: Path
+    network: Path | None = None  # out of train@nn, for a model that it feeds
+
+    @property
+    def folders(self) -> list[Path]:
+        """The folders that the result depends on."""
+        return [self.table, self.encoded, *([self.network] if self.network else [])]
+
+
+def project_inputs(project: Project, model: str) -> Inputs:
+    """Return what the stage of ``model`` reads in ``project``."""
+    network = project.data("train@nn") if model in SECOND_LEVEL else None
+    return Inputs(project.data("reduce"), project.data("encode"), project.cache, network)
+
+
+def plan_refit(inputs: Inputs, params: Section) -> tuple[FitPlan, ...]:
+    """Return the fits that predict held-out train rows, or else the one for all of them.
+
+    Raises:
+        DataError: if a target cannot be learnt from the train rows.
+        IntegrityError: if an input is missing or damaged.
+    """
+    table = open_table(inputs.table)
+    plans = plan_fits(table, inputs.encoded, inputs.cache, params)
+    return tuple(plan for plan in plans if plan.name != WHOLE)
+
+
+def refit_held_out(
+    inputs: Inputs,
+    model: str,
+    params: Section,
+    plans: tuple[FitPlan, ...],
+    scratch: Path,
+    *,
+    resources: Resources,
+    recorder: Recorder,
+) -> dict[str, Predictions]:
+    """Fit ``model`` and predict, per target, the rows that it has not seen.
+
+    These are the train rows, each by the fit that has not seen its fold; of a model that is no
+    bag, and of a second-level one, the valid rows.
+    """
+    table = open_table(inputs.table)
+    if model in SECOND_LEVEL:
+        return _second_level(inputs, table, params, scratch, "valid", resources, recorder)
+    fits = fit_all(plans, params, model, table, scratch / "fits", resources, recorder)
+    members = {plan.name: fitted for plan, fitted in fits}
+    whole = members[""] if "" in members else BaggedModel(members)
+    split = "train" if isinstance(whole, BaggedModel) else "valid"
+    found = predictions_of(whole, plans, model, table, inputs.encoded, (split,), recorder)
+    return {one.target: one for one in found}
+
+
+def _second_level(
+    inputs: Inputs,
+    table: Table,
+    params: Section,
+    scratch: Path,
+    split: str,
+    resources: Resources,
+    recorder: Recorder,
+) -> dict[str, Predictions]:
+    from headrace.models.embedding_catboost import EmbeddingCatboostParams
+    from headrace.stages.embedding_catboost import embedding_catboost
+
+    assert isinstance(params, EmbeddingCatboostParams)
+    assert inputs.network is not None
+    out = scratch / EMBEDDING_CATBOOST
+    embedding_catboost(
+        inputs.table,
+        inputs.encoded,
+        inputs.network,
+        out,
+        params,
+        cache=inputs.cache,
+        checkpoints=scratch / "fits",
+        resources=resources,
+        recorder=recorder,
+    )
+    return {
+        target.name: read_predictions(out, target).of_split(split)
+        for target in table.contract.targets
+    }
+
+
+class Hushed:
+    """A recorder for fits of which there are many: only warnings are told, each once."""
+
+    def __init__(self, on_warning: Callable[[str], None]) -> None:
+        self._on_warning = on_warning
+        self._told: set[str] = set()
+
+    def params(self, values: Mapping[str, Scalar]) -> None:
+        """Keep nothing."""
+
+    def metrics(self, values: Mapping[str, float], *, step: int | None = None) -> None:
+        """Keep nothing."""
+
+    def file(self, path: Path, *, folder: str = "") -> None:
+        """Keep nothing."""
+
+    def dataset(self, name: str, *, path: Path, digest: str, num_rows: int, context: str) -> None:
+        """Keep nothing."""
+
+    def note(self, text: str) -> None:
+        """Keep nothing."""
+
+    def warn(self, text: str) -> None:
+        """Tell a warning that was not told before."""
+        if text not in self._told:
+            self._told.add(text)
+            self._on_warning(text)
+
+    def progress(self, done: int, total: int | None, *, unit: str, detail: str = "") -> None:
+        """Keep nothing."""
