@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from headrace.data.predictions import read_predictions
 from headrace.errors import DataError, IntegrityError, ResourceError, SchemaError
 from headrace.params import Resources
 from headrace.record import MemoryRecorder
@@ -95,6 +96,27 @@ def test_values_are_of_labelled_test_rows_with_their_weights(done):
     late = read_json(out / "comparison.json")["targets"]["late"]
     assert late["num_rows"] == 550
     assert late["num_unlabelled"] == 50
+
+
+def test_the_worst_errors_are_the_largest_losses(done):
+    """Of the chosen model, on labelled test rows, worst first; ids are text."""
+    case, _, out, _ = done
+    found = read_json(out / "errors.json")["targets"]
+    chosen = read_json(out / "comparison.json")["targets"]["delay"]["chosen"]
+    prediction = read_predictions(out.parent / "stack", DELAY).of_split("test")
+    if chosen != "stack":
+        prediction = case.predictions(DELAY, chosen).of_split("test")
+    loss = np.abs(prediction.values - case.labels["test"]["delay"])
+    order = np.argsort(-loss)[:20]
+    rows = found["delay"]["rows"]
+
+    assert found["delay"]["model"] == chosen
+    assert [row["row_id"] for row in rows] == [str(i) for i in prediction.row_id[order]]
+    assert [row["loss"] for row in rows] == pytest.approx(loss[order])
+    assert [row["truth"] for row in rows] == pytest.approx(case.labels["test"]["delay"][order])
+    unlabelled = {str(i) for i in case.row_id["test"][:50]}
+    assert not unlabelled & {row["row_id"] for row in found["late"]["rows"]}
+    assert set(found["carrier"]["rows"][0]["prediction"]) == {"AA", "BB", "CC"}
 
 
 def test_the_comparison_states_unit_choice_and_ties(done):

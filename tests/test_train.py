@@ -141,30 +141,7 @@ def test_model_json_holds_what_a_person_asks_and_nothing_of_this_run(folder, tmp
     assert content["summary"]["fold-0"]["targets"]["late"]["trees"] > 1
     assert str(tmp_path) not in text
     names = {path.relative_to(tmp_path / "out").parts[0] for path in (tmp_path / "out").iterdir()}
-    assert names == {"importances.json", "manifest.json", "model", "model.json", "predictions"}
-
-
-@pytest.mark.parametrize("model", ["catboost", "nn", "baseline"])
-def test_importances_name_the_inputs_that_matter(folder, tmp_path, model):
-    quick = {"max_epochs": 20, "learning_rate": 0.01} if model == "nn" else {}
-    _, recorder = run(folder, model, tmp_path / "out", **quick)
-    found = json.loads((tmp_path / "out" / "importances.json").read_text())
-    for target in ("delay", "late", "class"):
-        values = found["targets"][target]
-        assert set(values) == {"distance", "wind", "carrier", "gate"}
-        assert min(values["distance"], values["carrier"]) > 0.05
-        assert max(abs(values["wind"]), abs(values["gate"])) < 0.05
-    assert [(path.name, kept) for path, kept in recorder.files if kept == "figures"] == [
-        ("importances.svg", "figures")
-    ]
-
-
-def test_a_model_that_uses_nothing_has_no_importances(folder, tmp_path):
-    run(folder, "baseline", tmp_path / "out", kind="prior")
-    found = json.loads((tmp_path / "out" / "importances.json").read_text())
-
-    assert found["num_rows"] == 120
-    assert {value for of_target in found["targets"].values() for value in of_target.values()} == {0}
+    assert names == {"manifest.json", "model", "model.json", "predictions"}
 
 
 def test_an_unknown_model_names_the_nearest(folder, tmp_path):

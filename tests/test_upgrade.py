@@ -60,10 +60,9 @@ def test_other_code_names_the_stages_that_rerun(project: Project, monkeypatch: p
 
     def changed(*modules: str) -> str:
         has_changed = {"headrace.stages.reduce", "headrace.models.catboost"} & set(modules)
-        # publish reads packages of every kind; keep the case to one stage and one model
-        return (
-            "other" if has_changed and "headrace.stages.publish" not in modules else real(*modules)
-        )
+        # These read models of every kind; keep the case to one stage and one model.
+        reads_all = {"headrace.stages.interpret", "headrace.stages.publish"} & set(modules)
+        return "other" if has_changed and not reads_all else real(*modules)
 
     monkeypatch.setattr(scaffold, "code_digest", changed)
     done = upgrade(project)
@@ -168,8 +167,10 @@ def test_the_pipeline_of_this_repository_lists_the_code_it_runs():
 
 
 def test_a_section_embedding_catboost_is_a_stage_after_nn(project: Project):
-    """Its model lies among those that stack, evaluate and publish read; without it nothing does."""
-    sections = "".join(f"{name}: {{}}\n" for name in ("reduce", "encode", "stack", "evaluate"))
+    """Its model lies among those that the stages after it read; without it nothing does."""
+    sections = "".join(
+        f"{name}: {{}}\n" for name in ("reduce", "encode", "stack", "interpret", "evaluate")
+    )
     plain = _PARAMS.replace("[baseline, catboost]", "[nn, catboost]")
     plain += f"{sections}publish: {{}}\ntrain: {{nn: {{}}, catboost: {{}}}}\n"
     project.params.write_text(f"{plain}embedding_catboost: {{}}\n")
@@ -184,7 +185,12 @@ def test_a_section_embedding_catboost_is_a_stage_after_nn(project: Project):
     assert set(stage.upstream) == {"reduce", "encode", "train@nn"}
     assert stage.outs == ("data/train/embedding_catboost",)
     assert project.data("embedding_catboost") == project.root / stage.outs[0]
-    assert set(dag.downstream(["embedding_catboost"])) == {"stack", "evaluate", "publish"}
+    assert set(dag.downstream(["embedding_catboost"])) == {
+        "stack",
+        "interpret",
+        "evaluate",
+        "publish",
+    }
     digests = yaml.safe_load((project.root / "headrace.lock").read_text())["stages"]
     assert {"embedding_catboost", "stack", "train"} < set(digests)
 

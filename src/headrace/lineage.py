@@ -136,7 +136,7 @@ def stage_modules(stage: str) -> tuple[str, ...]:
     own = (f"headrace.stages.{name}",)
     if model:
         return (*own, f"headrace.models.{model}")
-    if name == "publish":  # the package is read back through any kind of model
+    if name in ("interpret", "publish"):  # models of any kind are read back
         kinds = sorted(path.stem for path in (PACKAGE / "models").glob("[a-z]*.py"))
         return (*own, *(f"headrace.models.{kind}" for kind in kinds))
     return own

@@ -76,6 +76,8 @@ def stage_cost(
         return _embedding_catboost(shape, params)
     if name in ("stack", "evaluate"):
         return _of_predictions(name, shape, num_models)
+    if name == "interpret":  # its rows are bounded; torch and catboost are loaded
+        return Cost(4.0 + 2.0 * num_models, 5 * _PROCESS_BYTES // 2, _MIB)
     if name == "publish":
         return Cost(2.0, _PROCESS_BYTES, 10 * _MIB)
     return Cost(2.0, _PROCESS_BYTES, shape.source_bytes if name == "raw" else 0)

@@ -72,9 +72,21 @@ def pipeline_text(
     stages["stack"] = _stage(
         "stack", deps=["data/reduce", "data/train"], outs=["data/stack"], params=["models", "stack"]
     )
+    stages["interpret"] = _stage(
+        "interpret",
+        deps=["data/reduce", "data/encode", "data/train", "data/stack"],
+        outs=["data/interpret"],
+        params=["models", "interpret"],
+    )
     stages["evaluate"] = _stage(
         "evaluate",
-        deps=["data/extract/profile.json", "data/reduce", "data/train", "data/stack"],
+        deps=[
+            "data/extract/profile.json",
+            "data/reduce",
+            "data/train",
+            "data/stack",
+            "data/interpret",
+        ],
         outs=[f"{_EVALUATE}/{name}" for name in EVALUATE_OUTS],
         params=["models", "evaluate"],
         metrics=[{f"{_EVALUATE}/metrics.json": {"cache": False}}],
@@ -97,7 +109,14 @@ def pipeline_text(
     return _HEADER + text
 
 
-EVALUATE_OUTS = ("comparison.json", "figures", "manifest.json", "plots", "report.html")
+EVALUATE_OUTS = (
+    "comparison.json",
+    "errors.json",
+    "figures",
+    "manifest.json",
+    "plots",
+    "report.html",
+)
 
 
 def code_lock_text(stages: Sequence[str]) -> str:
@@ -189,7 +208,8 @@ _IGNORED = (
     "/mlflow.db*",
     "/mlruns/",
     "/catboost_info/",
-    *(f"/data/{stage}" for stage in ("extract", "reduce", "encode", "train", "stack", "publish")),
+    *(f"/data/{stage}" for stage in ("extract", "reduce", "encode", "train", "stack")),
+    *(f"/data/{stage}" for stage in ("interpret", "publish")),
     "/data/watermark",
     f"/{_EVALUATE}/*",
     f"!/{_EVALUATE}/metrics.json",

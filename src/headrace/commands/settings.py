@@ -28,6 +28,7 @@ _SECTIONS = {
     "encode": "EncodeParams",
     EMBEDDING_CATBOOST: "EmbeddingCatboostParams",
     "stack": "StackParams",
+    "interpret": "InterpretParams",
     "evaluate": "EvaluateParams",
     "publish": "PublishParams",
 }

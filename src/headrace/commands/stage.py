@@ -49,7 +49,9 @@ from headrace.tracking.journal import open_stage
 if TYPE_CHECKING:
     from headrace.training.distributed import Launch, Ranks
 
-PLAIN_STAGES = ("raw", "watermark", "extract", "reduce", "encode", "stack", "evaluate", "publish")
+PLAIN_STAGES = (
+    "raw", "watermark", "extract", "reduce", "encode", "stack", "interpret", "evaluate", "publish",
+)  # fmt: skip
 _GRACE_S = 10.0  # native code may take this long to come back to Python; then the process ends
 
 
@@ -301,7 +303,8 @@ def _call(
         return run(table, members, out, section, **told)
     if name == "evaluate":
         profile = data("extract") / "profile.json"
-        return run(table, members, data("stack"), out, section, profile=profile, **told)
+        told |= {"profile": profile, "interpretation": data("interpret")}
+        return run(table, members, data("stack"), out, section, **told)
     return run(table, encoded, members, data("stack"), out, section, **told)
 
 

@@ -149,7 +149,8 @@ def stage_names(project: Project) -> tuple[str, ...]:
     first = [*(["raw"] if has_example(settings) else [])]
     first += ["watermark"] if has_databases(settings) else []
     second = [EMBEDDING_CATBOOST] if settings.has_embedding_catboost else []
-    return (*first, "extract", "reduce", "encode", *second, "stack", "evaluate", "publish")
+    last = ("stack", "interpret", "evaluate", "publish")
+    return (*first, "extract", "reduce", "encode", *second, *last)
 
 
 def has_example(settings: Settings) -> bool:

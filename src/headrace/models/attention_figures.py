@@ -1,4 +1,6 @@
-"""What a TabNet looked at, as figures: masks of single rows, and attention beside the prediction.
+"""What a TabNet looked at: masks of single rows, and attention beside the prediction.
+
+As figures, which each fit records, and as JSON, from which the report draws.
 
 Attention is correlated with predicted values and probabilities, one for each class, never with
 class numbers, whose order means nothing. Where a column's attention is the same in all rows, or the
@@ -40,6 +42,36 @@ def attention_figures(
     if not np.isnan(correlations_SKO).all():
         figures.append(correlations_figure(explanation, names, correlations_SKO))
     return figures
+
+
+def attention_json(
+    explanation: "Explanation", values: Values, targets: Sequence[Target]
+) -> dict[str, Any]:
+    """Return what the figures show as JSON values; NaN is None.
+
+    Per step the mask of the first rows, by column, and per predicted number the correlations, by
+    column and step.
+    """
+    names, predicted_BO = predicted_numbers(values, targets)
+    correlations_SKO = attention_correlations(explanation.masks_SBK, predicted_BO)
+    shown = _most_attended(explanation)
+    masks_SKB = explanation.masks_SBK[:, :_SHOWN_ROWS, shown].transpose(0, 2, 1)
+    return {
+        "columns": [explanation.columns[k] for k in shown],
+        "shares": explanation.shares(),
+        "masks": _lists(masks_SKB),
+        "correlations": {
+            name: _lists(correlations_SKO[:, shown, o].T)
+            for o, name in enumerate(names[:_SHOWN_OUTPUTS])
+        },
+    }
+
+
+def _lists(values: Floats) -> list[Any]:
+    """Return nested lists of rounded numbers, None for NaN."""
+    if values.ndim > 1:
+        return [_lists(part) for part in values]
+    return [None if np.isnan(value) else round(float(value), 4) for value in values]
 
 
 def attention_correlations(masks_SBK: Floats, predicted_BO: Floats) -> Floats:

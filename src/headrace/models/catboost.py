@@ -158,6 +158,21 @@ class _TrainRows:
     stop: npt.NDArray[np.bool_]
 
 
+@dataclass(frozen=True)
+class ShapValues:
+    """What each input adds to the predictions of one target: with ``base_O`` they add up to them.
+
+    In the target's unit, or in log-odds: of labels[1], or one number per class. Shapes:
+    ``values_BFO`` (rows, inputs, predicted numbers), ``base_O`` the mean over the rows learnt from.
+    Source: Lundberg et al. 2018, "Consistent Individualized Feature Attribution for Tree
+    Ensembles".
+    """
+
+    columns: tuple[str, ...]
+    values_BFO: npt.NDArray[np.float64]
+    base_O: npt.NDArray[np.float64]
+
+
 class CatboostModel:
     """One ensemble of trees per target, or one for all."""
 
@@ -182,19 +197,29 @@ class CatboostModel:
         Raises:
             SchemaError: if the rows lack an input column.
         """
-        from catboost import Pool
-
         if not isinstance(rows, pa.Table):
             raise SchemaError("trees read rows of the reduced table, not encoded ones")
         config = self._config
         if rows.num_rows == 0:  # a pool cannot be empty
             return {target.name: _no_values(target) for target in config.targets}
-        frame = inputs_of_table(rows, config.features, config.categories)
-        pool = Pool(frame, cat_features=list(config.categories), thread_count=config.threads)
+        pool = _rows_pool(rows, config)
         values: Values = {}
         for name, group in config.groups.items():
             values |= _values(self._trees[name], pool, group, config)
         return values
+
+    def shap_values(self, rows: pa.Table) -> dict[str, ShapValues]:
+        """Return per target what each input adds to the prediction of each row, at least one row.
+
+        Raises:
+            SchemaError: if the rows lack an input column.
+        """
+        config = self._config
+        pool = _rows_pool(rows, config)
+        found: dict[str, ShapValues] = {}
+        for name, group in config.groups.items():
+            found |= _shap_values(self._trees[name], pool, group, config)
+        return found
 
     def save(self, folder: Path) -> None:
         """Write trees.json and one .cbm per model."""
@@ -614,6 +639,30 @@ def _values(trees: Any, pool: Any, group: Sequence[Target], config: _Config) -> 
         + config.means[target.name]
         for place, target in enumerate(group)
     }
+
+
+def _rows_pool(rows: pa.Table, config: _Config) -> Any:
+    from catboost import Pool
+
+    frame = inputs_of_table(rows, config.features, config.categories)
+    return Pool(frame, cat_features=list(config.categories), thread_count=config.threads)
+
+
+def _shap_values(
+    trees: Any, pool: Any, group: Sequence[Target], config: _Config
+) -> dict[str, ShapValues]:
+    """Return what one model's inputs add, per target it has learnt, in the target's unit."""
+    told = trees.get_feature_importance(pool, type="ShapValues", thread_count=config.threads)
+    # (B, F + 1) of one predicted number, (B, O, F + 1) of several; the base is the last column.
+    told_BOF = np.asarray(told, np.float64).reshape(len(told), -1, len(config.features) + 1)
+    found = {}
+    for place, target in enumerate(group):
+        own_BOF = told_BOF if target.task == "multiclass" else told_BOF[:, [place]]
+        own_BOF = own_BOF * config.spreads.get(target.name, 1.0)
+        base_O = own_BOF[0, :, -1] + config.means.get(target.name, 0.0)
+        values_BFO = own_BOF[:, :, :-1].transpose(0, 2, 1)
+        found[target.name] = ShapValues(config.features, values_BFO, base_O)
+    return found
 
 
 def _no_values(target: Target) -> npt.NDArray[np.float64]:

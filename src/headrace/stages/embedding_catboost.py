@@ -40,7 +40,6 @@ from headrace.stages.train import (
     plan_fits,
     predict_rows,
     record_inputs,
-    write_importances,
 )
 from headrace.storage import folder_digest, new_folder, verify_folder, write_file
 
@@ -84,7 +83,6 @@ def embedding_catboost(
         num_rows = predict_rows(
             whole, plans, whole.kind, source, encoded, folder, recorder, seen_before=seen_before
         )
-        write_importances(*fits[0], fed, encoded, folder, checkpoints, recorder)
     names = tuple(target.name for target in source.contract.targets)
     return Trained(whole.kind, names, num_rows, whole.summary)
 

@@ -7,6 +7,7 @@ told to the recorder once, by the digest of the test rows' ids.
 
 import csv
 import io
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
+from headrace.data.lookup import rows_by_id
 from headrace.data.predictions import bytes_held, read_predictions
 from headrace.data.table import Table, open_table
 from headrace.data.truth import Truth, UnitChoice, line_up, read_truth
@@ -31,9 +33,11 @@ from headrace.evaluation.bootstrap import (
 from headrace.evaluation.canvas import Figure
 from headrace.evaluation.comparison import Comparison, comparison_json, judge, metrics_json
 from headrace.evaluation.figures import Points, draw
+from headrace.evaluation.interpretation import Interpretation, read_interpretation
 from headrace.evaluation.metrics import Sample
 from headrace.evaluation.report import ReportInputs, TargetSection, interval_text, render_report
 from headrace.evaluation.selection import STACK
+from headrace.evaluation.worst import SHOWN_COLUMNS, WorstRows, worst_json, worst_rows
 from headrace.memory import format_bytes
 from headrace.params import Resources, Section
 from headrace.record import Recorder
@@ -108,11 +112,13 @@ def evaluate(
     resources: Resources,
     recorder: Recorder,
     profile: Path | None = None,
+    interpretation: Path | None = None,
 ) -> Evaluated:
     """Judge ``members`` and their blend on the test rows of ``table``.
 
-    Writes metrics.json, comparison.json, report.html, figures and plot files. ``profile`` is the
-    data profile that ``extract`` wrote; the report shows it.
+    Writes metrics.json, comparison.json, errors.json, report.html, figures and plot files.
+    ``profile`` is the data profile that ``extract`` wrote, ``interpretation`` the folder of
+    ``interpret``; the report shows them.
 
     Raises:
         DataError: no test rows, a target without a test label, rows without a prediction.
@@ -125,6 +131,7 @@ def evaluate(
         verify_folder(folder)
     selection = _read_selection(stack, source.contract, members)
     described = read_json(verify_file(profile.parent, profile.name)) if profile else None
+    interpreted = read_interpretation(interpretation) if interpretation else None
     _require_memory(source, folders, resources)
     truth = read_truth(source, "test", unit=params.unit, key="evaluate.unit")
     recorder.dataset(
@@ -148,6 +155,7 @@ def evaluate(
             judged.append(replace(one, figures=_named(stem, one.figures)))
             _write_plot_files(folder / "plots", stem, one.points)
         _write(folder, judged, selection, source, truth, units, params, described)
+        _write_errors(folder, judged, source, interpreted)
     _record(judged, out, recorder)
     return Evaluated(
         rows=tuple(row for one in judged for row in _rows(one.comparison)),
@@ -162,6 +170,7 @@ def evaluate(
 class _Judgement:
     """All that is known of one target; ``points`` are the lines of its plot files."""
 
+    worst: WorstRows  # of the chosen model
     comparison: Comparison
     figures: tuple[Figure, ...]
     points: Points
@@ -208,7 +217,8 @@ def _judge_target(
     figures, points = draw(
         target, comparison, samples, scored, labelled_units, confidence=params.confidence
     )
-    return _Judgement(comparison, tuple(figures), points)
+    worst = worst_rows(samples[comparison.chosen], truth.row_id[is_labelled])
+    return _Judgement(worst, comparison, tuple(figures), points)
 
 
 def _write(
@@ -249,6 +259,39 @@ def _write(
     ]
     page = render_report(ReportInputs(sections, settings, digests, described))
     write_file(folder / "report.html", page)
+
+
+def _write_errors(
+    folder: Path,
+    judged: Sequence[_Judgement],
+    source: Table,
+    interpreted: Interpretation | None,
+) -> None:
+    """Write the rows that the chosen models are most wrong about, and where in the table they lie.
+
+    Beside each row stand its key and the columns that matter most to the best single model; the
+    first columns, where nobody has asked.
+    """
+    contract = source.contract
+    targets = {}
+    for one in judged:
+        name = one.comparison.target
+        most = interpreted.most(name, SHOWN_COLUMNS) if interpreted else contract.features
+        columns = list(dict.fromkeys((*contract.named("key"), *most[:SHOWN_COLUMNS])))
+        rows = rows_by_id(source, "test", one.worst.row_id, columns)
+        values = {
+            column: [_cell(value) for value in rows[column].to_pylist()] for column in columns
+        }
+        target = contract.target(name)
+        targets[name] = worst_json(one.worst, target, one.comparison.chosen, values)
+    write_json(folder / "errors.json", {"format": 1, "split": "test", "targets": targets})
+
+
+def _cell(value: Any) -> float | str | None:
+    """Return a value of the table as JSON has it: a finite number, or a text."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None if value is None else str(value)
+    return value if math.isfinite(value) else None
 
 
 def _write_plot_files(folder: Path, stem: str, points: Points) -> None:

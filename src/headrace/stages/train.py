@@ -22,7 +22,6 @@ from headrace.data.predictions import VALID_SEEN, Predictions, write_predictions
 from headrace.data.table import Table, open_table
 from headrace.errors import DataError
 from headrace.models.bagging import BaggedModel, FitPlan, fit_plans
-from headrace.models.importance import ROWS, importance_figure, permutation_importances
 from headrace.models.protocol import (
     KINDS,
     FitParams,
@@ -35,14 +34,13 @@ from headrace.models.protocol import (
 from headrace.params import Resources, Section
 from headrace.record import Recorder, Scalar
 from headrace.schema import FOLD, ROW_ID, SPLITS, Target, encode_target
-from headrace.storage import folder_digest, new_folder, verify_folder, write_file, write_json
+from headrace.storage import folder_digest, new_folder, verify_folder
 
 if TYPE_CHECKING:
     from headrace.data.encoder import EncodedBatch
 
 PREDICTED_SPLITS = ("valid", "test")
 _BATCH_ROWS = 65_536
-IMPORTANCES = "importances.json"
 FITTED = "fitted"  # below a fit's checkpoints: the finished model
 
 
@@ -105,7 +103,6 @@ def train(
     with new_folder(out) as folder:
         save_model(whole, folder, source.contract)
         num_rows = predict_rows(whole, plans, model, source, encoded, folder, recorder)
-        write_importances(*fits[0], source, encoded, folder, checkpoints, recorder)
     names = tuple(target.name for target in source.contract.targets)
     return Trained(model, names, num_rows, whole.summary)
 
@@ -466,91 +463,6 @@ def _seen(
 
 def _valid_seen(plan: FitPlan) -> tuple[int, ...]:
     return (VALID_SEEN,) if plan.views.stop.kind == "valid" else ()
-
-
-def write_importances(
-    plan: FitPlan,
-    fitted: FittedModel,
-    table: Table,
-    encoded: Path,
-    folder: Path,
-    checkpoints: Path,
-    recorder: Recorder,
-) -> None:
-    """Write importances.json, of the first fit, and record its figure.
-
-    A model that stops on valid rows has no train rows it could be judged on, and gets neither.
-    """
-    judged = _judged_rows(plan, fitted.inputs, table, encoded)
-    if not len(judged.rows):
-        return
-    found = permutation_importances(
-        fitted,
-        judged.rows,
-        judged.labels,
-        table.contract.targets,
-        numeric=judged.numeric,
-        categories=judged.categories,
-        seed=0,
-    )
-    write_json(
-        folder / IMPORTANCES,
-        {
-            "format": 1,
-            "num_rows": len(judged.rows),
-            "targets": {
-                target: {name: float(f"{value:.6g}") for name, value in of_target.items()}
-                for target, of_target in found.items()
-            },
-        },
-    )
-    figure = importance_figure(found)
-    path = checkpoints / f"{figure.name}.svg"
-    write_file(path, figure.file_text())
-    recorder.file(path, folder="figures")
-
-
-@dataclass(frozen=True)
-class _Judged:
-    """Rows on which a fit is judged, their labels per target, and the names of the inputs."""
-
-    rows: "EncodedBatch | pa.Table"
-    labels: Mapping[str, npt.NDArray[np.float64]]
-    numeric: Sequence[str]
-    categories: Sequence[str]
-
-
-def _judged_rows(plan: FitPlan, inputs: str, table: Table, encoded: Path) -> _Judged:
-    """Return some train rows that set no weights of the fit; none if it stopped on valid rows.
-
-    Rows come in the order of their hashed ids, so the first ones are a random sample.
-    """
-    contract = table.contract
-
-    def is_judged(
-        fold: npt.NDArray[np.int8], row_id: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.bool_]:
-        is_scored: npt.NDArray[np.bool_] = fold == plan.scored
-        return plan.views.is_stop(fold, row_id) if plan.scored is None else is_scored
-
-    if inputs == "encoded":
-        from headrace.data.shards import open_shards
-
-        shards = open_shards(encoded, "train", contract_digest=contract.digest)
-        places = np.flatnonzero(is_judged(shards.read("fold"), shards.read("row_id")))[:ROWS]
-        batch = shards.take(places)
-        labels = {name: batch.targets[:, j].astype(float) for j, name in enumerate(shards.targets)}
-        return _Judged(batch, labels, shards.numeric, shards.categories)
-    names = [target.name for target in contract.targets]
-    parts: list[pa.RecordBatch] = []
-    for found in table.batches("train", [ROW_ID, FOLD, *contract.features, *names]):
-        fold = found.column(FOLD).fill_null(-1).to_numpy()
-        parts.append(found.filter(pa.array(is_judged(fold, found.column(ROW_ID).to_numpy()))))
-        if sum(part.num_rows for part in parts) >= ROWS:
-            break
-    rows = pa.Table.from_batches(parts).unify_dictionaries().slice(0, ROWS)
-    labels = {target.name: encode_target(rows[target.name], target) for target in contract.targets}
-    return _Judged(rows, labels, contract.named("numeric"), contract.named("category"))
 
 
 def _rows(
