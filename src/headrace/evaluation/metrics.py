@@ -31,7 +31,8 @@ MetricName = Literal[
 class Metric:
     """A metric's name in files, its title for people, which way is better, and its exact meaning.
 
-    ``undefined`` says when there is no value, as a reader will find it beside a null.
+    ``undefined`` says when there is no value, as a reader will find it beside a null, and
+    ``no_interval`` why an interval from resamples would mislead, if it would.
     """
 
     name: MetricName
@@ -39,6 +40,7 @@ class Metric:
     higher_is_better: bool
     meaning: str
     undefined: str = ""
+    no_interval: str = ""
 
 
 _LOG_LOSS = Metric(
@@ -150,8 +152,11 @@ def prepare(
     row counts as predicted positive (binary only; of several classes the likeliest counts).
     ``only`` leaves out the rankings that this one metric does not need.
     """
+    # Centred: R² from raw sums of squares would cancel when the mean is far from 0.
+    center = float(np.average(sample.truth, weights=sample.weight))
+    columns_KN = row_terms(sample, threshold=threshold, center=center)
     if sample.task == "regression":
-        return Terms("regression", _weighted(_regression_terms(sample), sample.weight), ())
+        return Terms("regression", columns_KN, ())
     if sample.task == "binary":
         is_ranked = only in (None, "roc_auc", "average_precision")
         ranking = [
@@ -164,9 +169,7 @@ def prepare(
             )
             for _ in range(is_ranked)
         ]
-        return Terms(
-            "binary", _weighted(_binary_terms(sample, threshold), sample.weight), tuple(ranking)
-        )
+        return Terms("binary", columns_KN, tuple(ranking))
     num_classes = sample.prediction.shape[1] if only in (None, "macro_roc_auc") else 0
     rankings = [
         rank(
@@ -178,7 +181,20 @@ def prepare(
         )
         for c in range(num_classes)
     ]
-    return Terms("multiclass", _weighted(_class_terms(sample), sample.weight), tuple(rankings))
+    return Terms("multiclass", columns_KN, tuple(rankings))
+
+
+def row_terms(sample: Sample, *, threshold: float, center: float) -> Floats:
+    """Return the weighted terms of each row, (K, N), whose sums ``combine`` takes.
+
+    ``center`` is near the mean truth, and the same for all parts of the rows whose sums are added
+    up (regression only).
+    """
+    if sample.task == "regression":
+        return _weighted(_regression_terms(sample, center), sample.weight)
+    if sample.task == "binary":
+        return _weighted(_binary_terms(sample, threshold), sample.weight)
+    return _weighted(_class_terms(sample), sample.weight)
 
 
 def combine(task: Task, sums: Floats, ranks: Floats) -> dict[MetricName, Floats]:
@@ -209,10 +225,9 @@ def score(metric: MetricName, sample: Sample, *, threshold: float = 0.5) -> floa
     return point_values(terms, len(rows))[metric]
 
 
-def _regression_terms(sample: Sample) -> list[Floats]:
+def _regression_terms(sample: Sample, center: float) -> list[Floats]:
     error = sample.prediction - sample.truth
-    # Centred first: R² from raw sums of squares would cancel when the mean is far from 0.
-    truth = sample.truth - np.average(sample.truth, weights=sample.weight)
+    truth = sample.truth - center
     return [np.ones_like(error), error**2, np.abs(error), truth, truth**2]
 
 
