@@ -10,7 +10,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from headrace.data.predictions import read_predictions
-from headrace.errors import DataError, IntegrityError, ResourceError, SchemaError
+from headrace.errors import ConfigError, DataError, IntegrityError, ResourceError, SchemaError
 from headrace.params import Resources
 from headrace.record import MemoryRecorder
 from headrace.schema import SPLITS, Target, file_stem
@@ -355,7 +355,7 @@ def test_one_day_gives_values_without_intervals(tmp_path):
     found = read_json(out / "comparison.json")["targets"]["delay"]["models"]["sharp"]["rmse"]
     assert found["value"] is not None
     assert found["ci_low"] is None
-    assert found["reason"] == "1 day: an interval needs at least 2"
+    assert found["reason"] == "1 day: a 95 % interval needs at least 4"
     assert found["verdict"] in ("chosen", "unknown")
 
 
@@ -466,6 +466,58 @@ def test_a_budget_too_small_is_refused_with_the_figure(tmp_path):
     """Before rows are read."""
     with pytest.raises(ResourceError, match=r"stage evaluate needs about .*memory_budget"):
         run(Case(), tmp_path, memory_budget=4096)
+
+
+def test_strata_by_class_or_column_blocks_and_methods_are_stated(tmp_path):
+    """Each takes effect, and comparison.json says which it was."""
+    case = Case(targets=(LATE,), groups=("weekday",))
+    widths = set()
+    for change in ({}, {"stratify": "weekday"}, {"block": 3}, {"interval": "bca"}):
+        root = tmp_path / "".join(change)
+        _, out, _ = run(case, root, EvaluateParams(num_resamples=200, **change))
+        content = read_json(out / "comparison.json")
+        stated = {key: content[key] for key in ("interval", "stratify", "block")}
+        assert stated == {"interval": "percentile", "stratify": "none", "block": 1} | change
+        found = content["targets"]["late"]["models"]["plain"]["roc_auc"]
+        assert 0 < found["standard_error"] < 0.1
+        assert found["ci_low"] < found["median"] < found["ci_high"]
+        widths.add(found["ci_high"] - found["ci_low"])
+    assert len(widths) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stratify": "class"}, "is class, but 17 of 30 units (day) have rows of several strata"),
+        ({"stratify": "weekdy"}, "is 'weekdy', which is no column of the table"),
+        ({"unit": "row", "block": 2}, "`evaluate.block` is 2, but the resampling unit is row"),
+    ],
+)
+def test_strata_and_blocks_that_the_rows_do_not_have_are_refused(tmp_path, change, message):
+    """By the setting's name and value, with what would do."""
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        run(Case(targets=(LATE,), groups=("weekday",)), tmp_path, EvaluateParams(**change))
+
+
+def test_strata_by_class_need_a_target_of_classes(tmp_path):
+    """A number has none."""
+    with pytest.raises(ConfigError, match="no target has classes"):
+        run(Case(targets=(DELAY,)), tmp_path, EvaluateParams(stratify="class"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_resamples": 100}, "set num_resamples to 200 or more"),
+        ({"confidence": 0.999}, "set num_resamples to 10000 or more"),
+        ({"interval": "bca", "block": 2}, "interval bca and block 2 do not go together"),
+        ({"stratify": "class", "block": 2}, "stratify class and block 2 do not go together"),
+    ],
+)
+def test_settings_that_cannot_give_an_interval_are_refused(change, message):
+    """Before anything runs."""
+    with pytest.raises(ValueError, match=message):
+        EvaluateParams(**change)
 
 
 def test_names_with_odd_characters_are_safe(tmp_path):

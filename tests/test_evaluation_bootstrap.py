@@ -272,7 +272,7 @@ def test_one_unit_gives_no_interval():
     found = bootstrap(sample, units, RESAMPLING, threshold=0.5)
     auc = interval(found.points["roc_auc"], found.resamples["roc_auc"], units, RESAMPLING)
     assert auc.low is None
-    assert auc.reason == "1 day: an interval needs at least 2"
+    assert auc.reason == "1 day: a 95 % interval needs at least 4"
 
 
 def test_differences_are_paired():

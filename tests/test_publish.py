@@ -145,7 +145,7 @@ def test_a_stack_is_published_as_it_predicts(case: Case, tmp_path: Path, method:
     """For every task and either method, also where the choice fell on a single model."""
     for name in ("reduce", "encode"):
         shutil.copytree(case.root / name, tmp_path / name)
-    params = StackParams(method=method, num_resamples=100)
+    params = StackParams(method=method, num_resamples=200)
     stack(tmp_path / "reduce", case.members, tmp_path / "first", params, **TOLD)
 
     def choose_the_blend(folder: Path) -> None:

@@ -613,7 +613,7 @@ def test_the_peak_stays_within_the_forecast(tmp_path):
         table,
         members,
         tmp_path / "stack",
-        StackParams(num_resamples=100, rounds=5),
+        StackParams(num_resamples=200, rounds=5),
         resources=Resources(),
         recorder=MemoryRecorder(),
     )

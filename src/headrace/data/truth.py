@@ -30,7 +30,8 @@ class Truth:
 
     Shapes: ``row_id`` (N,); ``labels`` per target (N,) float64: the value or the class code, NaN
     where the label is missing; ``weight`` (N,) or None without a weight column; ``unit_of_row``
-    (N,) codes of the resampling units, which are called ``unit``.
+    (N,) codes of the resampling units, which are called ``unit`` and follow each other in time
+    where ``is_unit_of_time``; ``stratum`` (N,) codes of the strata column, or None without one.
     """
 
     split: str
@@ -39,6 +40,8 @@ class Truth:
     weight: Floats | None
     unit: str
     unit_of_row: npt.NDArray[np.int64]
+    is_unit_of_time: bool
+    stratum: npt.NDArray[np.int64] | None
 
     @property
     def digest(self) -> str:
@@ -46,8 +49,12 @@ class Truth:
         return digest_bytes(np.sort(self.row_id).astype("<i8").tobytes())
 
 
-def read_truth(table: Table, split: str, *, unit: UnitChoice, key: str) -> Truth:
+def read_truth(
+    table: Table, split: str, *, unit: UnitChoice, key: str, strata: str | None = None
+) -> Truth:
     """Read labels, weights and units of ``split``; ``key`` is where params.yaml sets the unit.
+
+    ``strata`` is the column whose values are the strata of the units, if there are any.
 
     ``unit`` auto follows the split that the contract records: days of the column of a time split,
     groups of the column of a grouped split, else rows.
@@ -61,7 +68,7 @@ def read_truth(table: Table, split: str, *, unit: UnitChoice, key: str) -> Truth
     contract = table.contract
     unit_name, unit_column = _choose_unit(contract, unit, key)
     wanted = [target.name for target in contract.targets]
-    wanted += [name for name in (contract.weight, unit_column) if name is not None]
+    wanted += [name for name in (contract.weight, unit_column, strata) if name is not None]
     rows = table.read(split, [ROW_ID, *dict.fromkeys(wanted)])
     if rows.num_rows == 0:
         raise DataError(
@@ -79,6 +86,8 @@ def read_truth(table: Table, split: str, *, unit: UnitChoice, key: str) -> Truth
         weight=_weights(rows, contract, split),
         unit=unit_name,
         unit_of_row=_unit_codes(rows, unit_column, unit_name),
+        is_unit_of_time=unit_column in contract.named("time"),
+        stratum=None if strata is None else _codes(rows[strata]),
     )
 
 
@@ -167,18 +176,20 @@ def _unit_codes(rows: pa.Table, column: str | None, unit: str) -> npt.NDArray[np
     if column is None:
         return np.arange(rows.num_rows, dtype=np.int64)
     values = rows[column]
+    return _codes(pc.floor_temporal(values, unit=unit) if unit in _TIME_UNITS else values)
+
+
+def _codes(values: pa.ChunkedArray) -> npt.NDArray[np.int64]:
     if pa.types.is_dictionary(values.type):
         values = values.cast(values.type.value_type)
-    if unit in _TIME_UNITS:
-        values = pc.floor_temporal(values, unit=unit)
     # Codes follow the values' order, so they do not depend on the order of rows; null is a unit.
     encoded = pc.dictionary_encode(values.combine_chunks(), null_encoding="encode")
     codes = encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
     order = pc.sort_indices(encoded.dictionary).to_numpy()
     position = np.empty(len(order), dtype=np.int64)
     position[order] = np.arange(len(order))
-    unit_of_row: npt.NDArray[np.int64] = position[codes]
-    return unit_of_row
+    found: npt.NDArray[np.int64] = position[codes]
+    return found
 
 
 def _weights(rows: pa.Table, contract: Contract, split: str) -> Floats | None:

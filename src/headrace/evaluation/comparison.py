@@ -10,7 +10,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from headrace.evaluation.blend import rounded
-from headrace.evaluation.bootstrap import Interval, Resampling, Scored, Units, difference, interval
+from headrace.evaluation.bootstrap import (
+    Interval,
+    Resampling,
+    Scored,
+    Units,
+    difference,
+    estimate,
+)
 from headrace.evaluation.metrics import METRICS, Metric, MetricName
 from headrace.schema import Task
 
@@ -92,6 +99,8 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
     for one in comparison.judged:
         models[one.model][one.metric.name] = {
             **_interval_json(one.estimate),
+            "standard_error": rounded(one.estimate.standard_error),
+            "median": rounded(one.estimate.median),
             "num_undefined": one.estimate.num_undefined,
             "reason": one.estimate.reason,
             "difference": _interval_json(one.difference),
@@ -128,12 +137,10 @@ def _judge_one(
     resampling: Resampling,
 ) -> Judged:
     one, reference = scored[model], scored[chosen]
-    estimate = _explained(
-        interval(one.points[metric.name], one.resamples[metric.name], units, resampling), metric
-    )
+    found = _explained(estimate(metric.name, one, units, resampling), metric)
     change = _explained(difference(metric.name, one, reference, units, resampling), metric)
     verdict: Verdict = "chosen" if model == chosen else _verdict(change, metric)
-    return Judged(model, metric, estimate, change, verdict)
+    return Judged(model, metric, found, change, verdict)
 
 
 def _verdict(change: Interval, metric: Metric) -> Verdict:

@@ -33,6 +33,7 @@ from headrace.evaluation.bootstrap import (
     Units,
     bootstrap,
     difference,
+    fewest_resamples,
     interval,
 )
 from headrace.evaluation.metrics import Metric, MetricName, Sample, score
@@ -184,7 +185,8 @@ def _values(rows: LabelledRows, metric: Metric, target: str) -> dict[str, float]
 
 def _informed(rows: LabelledRows, resampling: Resampling) -> LabelledRows:
     """Leave out models whose predictions are no better than a constant, beyond doubt."""
-    few = replace(resampling, num_resamples=min(resampling.num_resamples, _NUM_RESAMPLES))
+    enough = max(_NUM_RESAMPLES, fewest_resamples(resampling.confidence))
+    few = replace(resampling, num_resamples=min(resampling.num_resamples, enough))
     lows: dict[str, float] = {}
     for name, sample in rows.samples.items():
         metric, of_constant = _OF_CONSTANT[sample.task]
@@ -234,7 +236,7 @@ def _decide(
         for name, sample in ((best, rows.samples[best]), (STACK, blended))
     }
     change = difference(metric.name, scored[STACK], scored[best], units, resampling)
-    gain = change if metric.higher_is_better else _negated(change)
+    gain = change if metric.higher_is_better else change.negated()
     of_blend = f"the blend's gain over {best} on the {where}"
     if gain.value is None or gain.low is None or gain.high is None:
         return best, f"{of_blend} has no interval ({gain.reason})", gain
@@ -243,9 +245,3 @@ def _decide(
     if gain.low > 0:
         return STACK, f"the blend gains on {best} on the {where}: {text}", gain
     return best, f"{of_blend} {'includes 0' if gain.high >= 0 else 'is below 0'}: {text}", gain
-
-
-def _negated(interval: Interval) -> Interval:
-    if interval.value is None or interval.low is None or interval.high is None:
-        return interval
-    return Interval(-interval.value, -interval.high, -interval.low, interval.num_undefined)

@@ -150,7 +150,7 @@ def draw_counts(
     return counts_BU
 
 
-def influence(ranking: Ranking, num_units: int) -> Floats:
+def rank_influence(ranking: Ranking, num_units: int) -> Floats:
     """Return how fast area and average precision grow with the weight of each unit, (U, 2).
 
     To first order, a ranking without one unit has its metric less this value: the infinitesimal
@@ -384,5 +384,7 @@ def _precision_influence(  # type: ignore[no-untyped-def]
         else:
             own = 0.0
         for i in range(ends[g - 1] if g else 0, ends[g]):
-            change = positive[i] * (own + raised - precision) - (positive[i] + negative[i]) * lowered
+            change = (
+                positive[i] * (own + raised - precision) - (positive[i] + negative[i]) * lowered
+            )
             out_U[unit[i]] += change / above_all

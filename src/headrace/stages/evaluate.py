@@ -11,24 +11,27 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import numpy as np
-from pydantic import Field
+import numpy.typing as npt
+from pydantic import Field, model_validator
 
 from headrace.data.lookup import rows_by_id
 from headrace.data.predictions import bytes_held, read_predictions
 from headrace.data.table import Table, open_table
 from headrace.data.truth import Truth, UnitChoice, line_up, read_truth
-from headrace.errors import DataError, IntegrityError, ResourceError
+from headrace.errors import ConfigError, DataError, IntegrityError, ResourceError, nearest
 from headrace.evaluation.blend import rounded
 from headrace.evaluation.bootstrap import (
     FEW_UNITS,
+    IntervalMethod,
     Resampling,
     Scored,
     Units,
     bootstrap,
     bytes_needed,
+    require_resamples,
 )
 from headrace.evaluation.canvas import Figure
 from headrace.evaluation.comparison import Comparison, comparison_json, judge, metrics_json
@@ -52,6 +55,7 @@ from headrace.storage import (
 )
 
 _SELECTION = "selection.json"
+_STATED = ("num_resamples", "confidence", "interval", "stratify", "block", "threshold")
 
 
 class EvaluateParams(Section):
@@ -61,7 +65,28 @@ class EvaluateParams(Section):
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     unit: UnitChoice = "auto"  # what is resampled: by the split days, its groups, or rows
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5  # binary: probability of a predicted class
+    interval: IntervalMethod = "percentile"
+    # none; class: resamples keep the number of units of each class; or a column: of each value
+    stratify: str = "none"
+    block: Annotated[int, Field(ge=1)] = 1  # units of time that follow each other, drawn together
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+    @model_validator(mode="after")
+    def _resamples_suffice(self) -> Self:
+        require_resamples(self.num_resamples, self.confidence)
+        return self
+
+    @model_validator(mode="after")
+    def _draws_go_together(self) -> Self:
+        asked = {
+            "interval bca": self.interval == "bca",
+            f"stratify {self.stratify}": self.stratify != "none",
+            f"block {self.block}": self.block > 1,
+        }
+        together = [name for name, is_asked in asked.items() if is_asked]
+        if len(together) > 1:
+            raise ValueError(f"{' and '.join(together)} do not go together; keep one of them")
+        return self
 
 
 @dataclass(frozen=True)
@@ -121,6 +146,7 @@ def evaluate(
     ``interpret``; the report shows them.
 
     Raises:
+        ConfigError: strata or blocks that the test rows do not have.
         DataError: no test rows, a target without a test label, rows without a prediction.
         IntegrityError: damaged inputs, or a selection made from other models or targets.
         ResourceError: test rows that do not fit the memory budget, with the figure needed.
@@ -132,18 +158,21 @@ def evaluate(
     selection = _read_selection(stack, source.contract, members)
     described = read_json(verify_file(profile.parent, profile.name)) if profile else None
     interpreted = read_interpretation(interpretation) if interpretation else None
-    _require_memory(source, folders, resources)
-    truth = read_truth(source, "test", unit=params.unit, key="evaluate.unit")
+    strata = _strata_column(source.contract, params)
+    _require_memory(source, folders, params, resources)
+    truth = read_truth(source, "test", unit=params.unit, key="evaluate.unit", strata=strata)
     recorder.dataset(
         "test", path=table, digest=truth.digest, num_rows=len(truth.row_id), context="test"
     )
-    units = Units(truth.unit, truth.unit_of_row, len(np.unique(truth.unit_of_row)))
-    if units.count < FEW_UNITS:
+    units = _units(truth, params)
+    if units.num_independent < FEW_UNITS:
         recorder.warn(
-            f"the test rows have only {units.count} {units.name}s; intervals from fewer than "
+            f"the test rows have only {units}; intervals from fewer than "
             f"{FEW_UNITS} units are narrower than they should be"
         )
-    resampling = Resampling(params.num_resamples, params.confidence, params.seed, resources.threads)
+    resampling = Resampling(
+        params.num_resamples, params.confidence, params.seed, resources.threads, params.interval
+    )
     judged: list[_Judgement] = []
     with new_folder(out) as folder:
         for target in source.contract.targets:
@@ -193,6 +222,8 @@ def _judge_target(
             f"change `extract.split` in params.yaml, or leave the target out"
         )
     labelled_units = units.of(is_labelled)
+    if params.stratify == "class" and target.task != "regression":
+        labelled_units = _stratified(labelled_units, labels[is_labelled].astype(np.int64), params)
     weight = None if truth.weight is None else truth.weight[is_labelled]
     samples: dict[str, Sample] = {}
     scored: dict[str, Scored] = {}
@@ -247,7 +278,7 @@ def _write(
             "unit": units.name,
             "num_units": units.count,
             "num_rows": len(truth.row_id),
-            **{name: settings[name] for name in ("num_resamples", "confidence", "threshold")},
+            **{name: settings[name] for name in _STATED},
             "targets": {one.target: comparison_json(one) for one in comparisons},
         },
     )
@@ -379,14 +410,58 @@ def _read_selection(
     return targets
 
 
-def _require_memory(source: Table, folders: Mapping[str, Path], resources: Resources) -> None:
+def _strata_column(contract: Contract, params: EvaluateParams) -> str | None:
+    """Return the column that gives the strata, None if there is none or the class does."""
+    if params.stratify == "none":
+        return None
+    if params.stratify == "class":
+        if all(target.task == "regression" for target in contract.targets):
+            raise ConfigError(
+                "`evaluate.stratify` is class, but no target has classes; set it to none, or to a "
+                "column"
+            )
+        return None
+    names = [column.name for column in contract.columns]
+    if params.stratify not in names:
+        raise ConfigError(
+            f"`evaluate.stratify` is {params.stratify!r}, which is no column of the table"
+            f"{nearest(params.stratify, names)}; set it to none, class or a column"
+        )
+    return params.stratify
+
+
+def _units(truth: Truth, params: EvaluateParams) -> Units:
+    units = Units(truth.unit, truth.unit_of_row, len(np.unique(truth.unit_of_row)))
+    if truth.stratum is not None:
+        return _stratified(units, truth.stratum, params)
+    if params.block > 1 and not truth.is_unit_of_time:
+        raise ConfigError(
+            f"`evaluate.block` is {params.block}, but the resampling unit is {truth.unit}, which "
+            f"has no order in time; set `evaluate.unit` to day, or leave out the block"
+        )
+    return replace(units, block=params.block)
+
+
+def _stratified(units: Units, stratum: npt.NDArray[np.int64], params: EvaluateParams) -> Units:
+    try:
+        return units.stratified(stratum)
+    except ValueError as error:
+        raise ConfigError(
+            f"`evaluate.stratify` is {params.stratify}, but {error}; set it to none, or "
+            f"`evaluate.unit` to row"
+        ) from error
+
+
+def _require_memory(
+    source: Table, folders: Mapping[str, Path], params: EvaluateParams, resources: Resources
+) -> None:
     num_rows, num_models = source.num_rows("test"), len(folders)
     needed = num_rows * 8 * (3 + len(source.contract.targets))  # ids, units, weight and labels
     needed += max(
         # One model's file at a time, its test rows beside it; then one bootstrap.
         max(
             2 * max(bytes_held(folder, target) for folder in folders.values()),
-            bytes_needed(num_rows, target.num_outputs),
+            bytes_needed(num_rows, target.num_outputs, method=params.interval),
         )
         + 8 * num_rows * (target.num_outputs * num_models + 2)
         for target in source.contract.targets

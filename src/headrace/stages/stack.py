@@ -25,7 +25,7 @@ from headrace.data.predictions import (
 from headrace.data.table import Table, open_table
 from headrace.data.truth import Truth, UnitChoice, line_up, read_truth
 from headrace.errors import ConfigError, DataError, ResourceError, nearest
-from headrace.evaluation.bootstrap import Resampling, Units, bytes_needed
+from headrace.evaluation.bootstrap import Resampling, Units, bytes_needed, require_resamples
 from headrace.evaluation.greedy import greedy_blend
 from headrace.evaluation.linear import linear_blend
 from headrace.evaluation.metrics import DEFAULT_METRIC, Metric, MetricName, Sample, metric_of
@@ -62,6 +62,11 @@ class StackParams(Section):
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     unit: UnitChoice = "auto"  # what is resampled: by the split days, its groups, or rows
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+    @model_validator(mode="after")
+    def _resamples_suffice(self) -> Self:
+        require_resamples(self.num_resamples, self.confidence)
+        return self
 
     @model_validator(mode="after")
     def _rounds_take_effect(self) -> Self:
