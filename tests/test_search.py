@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from headrace.commands.budget import Budget, parse_duration
-from headrace.commands.refit import refit_held_out
+from headrace.commands.refit import refit
 from headrace.commands.search import FRAGMENT, SUMMARY, open_search, search
 from headrace.commands.space import Range, Space, read_space, with_point
 from headrace.commands.trials import Trial, propose
@@ -315,8 +315,14 @@ def test_scores_are_those_of_the_stage(project: Project, tmp_path: Path):
 
     found = open_search(project, "baseline", method="tpe", target=None, seed=0)
     options = {"resources": Resources(), "recorder": MemoryRecorder()}
-    held_out = refit_held_out(
-        found.inputs, "baseline", found.section, found.plans, tmp_path / "scratch", **options
+    held_out = refit(
+        found.inputs,
+        "baseline",
+        found.section,
+        found.plans,
+        tmp_path / "scratch",
+        split="train",
+        **options,
     )
     train(
         found.inputs.table,

@@ -383,6 +383,37 @@ def search(
 
 
 @app.command()
+def skill(
+    model: Annotated[str, typer.Argument(help="Model that is refitted, as params.yaml has it.")],
+    refits: Annotated[
+        int, typer.Option("--refits", help="In all, those of earlier calls included.")
+    ] = 20,
+    budget: Annotated[
+        str | None, typer.Option("--budget", help="Time of this call, such as 90s, 30m or 1h30m.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the bootstrap samples.")] = 0,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Wait for another run in this folder, not refuse.")
+    ] = False,
+) -> None:
+    """Refit one model on bootstrap samples, preparation included; score it on rows left out."""
+    from headrace.commands.budget import parse_duration
+    from headrace.commands.skill import skill as estimate
+
+    project = _project()
+    estimate(
+        project,
+        model,
+        refits=refits,
+        budget_s=parse_duration(budget) if budget else None,
+        seed=seed,
+        wait=wait,
+        console=_console(),
+    )
+    _send_runs(project)
+
+
+@app.command()
 def stage(
     name: Annotated[str, typer.Argument(help="Stage, such as extract or train@nn.")],
     resume: Annotated[

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 RUN_BYTES = 430 << 20  # flow, its server and DVC beside a stage (measured)
 _DVC_BYTES = 130 << 20
 # By kind of run.
-_AROUND_BYTES = {"flow": RUN_BYTES, "repro": _DVC_BYTES, "dvc": _DVC_BYTES, "stage": 0, "search": 0}
+_AROUND_BYTES = {"flow": RUN_BYTES, "repro": _DVC_BYTES, "dvc": _DVC_BYTES, "stage": 0}
+_AROUND_BYTES |= {"search": 0, "skill": 0}
 _EXAMPLE = {  # bytes and rows of the tables that the stage `raw` makes
     "airlines.csv": (386, 16),
     "airports.csv": (104_302, 1_458),

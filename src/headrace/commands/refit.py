@@ -10,12 +10,12 @@ from pathlib import Path
 
 from headrace.data.predictions import Predictions, read_predictions
 from headrace.data.table import Table, open_table
-from headrace.models.bagging import WHOLE, BaggedModel, FitPlan
+from headrace.models.bagging import BaggedModel, FitPlan
 from headrace.models.protocol import SECOND_LEVEL
 from headrace.params import Resources, Section
 from headrace.project import EMBEDDING_CATBOOST, Project
 from headrace.record import Recorder, Scalar
-from headrace.stages.train import fit_all, plan_fits, predictions_of
+from headrace.stages.train import fit_all, predictions_of
 
 
 @dataclass(frozen=True)
@@ -39,40 +39,27 @@ def project_inputs(project: Project, model: str) -> Inputs:
     return Inputs(project.data("reduce"), project.data("encode"), project.cache, network)
 
 
-def plan_refit(inputs: Inputs, params: Section) -> tuple[FitPlan, ...]:
-    """Return the fits that predict held-out train rows, or else the one for all of them.
-
-    Raises:
-        DataError: if a target cannot be learnt from the train rows.
-        IntegrityError: if an input is missing or damaged.
-    """
-    table = open_table(inputs.table)
-    plans = plan_fits(table, inputs.encoded, inputs.cache, params)
-    return tuple(plan for plan in plans if plan.name != WHOLE)
-
-
-def refit_held_out(
+def refit(
     inputs: Inputs,
     model: str,
     params: Section,
     plans: tuple[FitPlan, ...],
     scratch: Path,
     *,
+    split: str,
     resources: Resources,
     recorder: Recorder,
 ) -> dict[str, Predictions]:
-    """Fit ``model`` and predict, per target, the rows that it has not seen.
+    """Fit ``model`` as ``plans`` say and predict, per target, the rows of ``split``.
 
-    These are the train rows, each by the fit that has not seen its fold; of a model that is no
-    bag, and of a second-level one, the valid rows.
+    Train rows, which only a bag predicts, are each predicted by the fit that has not seen its fold.
     """
     table = open_table(inputs.table)
     if model in SECOND_LEVEL:
-        return _second_level(inputs, table, params, scratch, "valid", resources, recorder)
+        return _second_level(inputs, table, params, scratch, split, resources, recorder)
     fits = fit_all(plans, params, model, table, scratch / "fits", resources, recorder)
     members = {plan.name: fitted for plan, fitted in fits}
     whole = members[""] if "" in members else BaggedModel(members)
-    split = "train" if isinstance(whole, BaggedModel) else "valid"
     found = predictions_of(whole, plans, model, table, inputs.encoded, (split,), recorder)
     return {one.target: one for one in found}
 

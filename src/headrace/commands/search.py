@@ -25,7 +25,7 @@ from rich.table import Table
 from headrace.commands.budget import Budget
 from headrace.commands.checkpoints import stage_entry
 from headrace.commands.lock import lock_folder, told_to
-from headrace.commands.refit import Hushed, Inputs, plan_refit, project_inputs, refit_held_out
+from headrace.commands.refit import Hushed, Inputs, project_inputs, refit
 from headrace.commands.results import interval_text
 from headrace.commands.settings import Settings, read_settings, stage_of
 from headrace.commands.space import Point, Space, value_at, with_point
@@ -41,19 +41,21 @@ from headrace.commands.trials import (
     write_trial,
 )
 from headrace.data.predictions import Predictions
+from headrace.data.table import Table as DataTable
 from headrace.data.table import open_table
 from headrace.data.truth import Truth, line_up, read_truth
 from headrace.errors import ConfigError, DataError, Stopped, explain
 from headrace.evaluation.bootstrap import Interval, Resampling, Scored, Units, bootstrap, interval
 from headrace.evaluation.metrics import Metric, Sample
 from headrace.evaluation.tuning import Standings, rank_trials
-from headrace.models.bagging import FitPlan
+from headrace.models.bagging import WHOLE, FitPlan
 from headrace.models.protocol import SECOND_LEVEL, FitParams
 from headrace.params import Section, parse_section
 from headrace.project import Project
 from headrace.record import Scalar
 from headrace.schema import Target
 from headrace.stages.stack import StackParams, chosen_metrics
+from headrace.stages.train import plan_fits
 from headrace.storage import canonical_json, digest_bytes, read_json, write_file, write_json
 from headrace.tracking.history import list_runs
 from headrace.tracking.journal import RunJournal, StageJournal, close_stale, open_run, reopen_run
@@ -197,7 +199,7 @@ def open_search(
     table = open_table(inputs.table)
     params = cast(StackParams, settings.section("stack"))
     wanted = table.contract.target(target) if target else table.contract.targets[0]
-    plans = () if model in SECOND_LEVEL else plan_refit(inputs, section)
+    plans = _plans(table, inputs, model, section)
     split = "train" if plans and plans[0].name else "valid"
     _refuse_seen(model, section, split)
     truth = read_truth(table, split, unit=params.unit, key="stack.unit")
@@ -297,12 +299,13 @@ def _run_trial(
     with _told(journal, search, number, point) as told:
         try:
             params = search.params_of(number, point)
-            found = refit_held_out(
+            found = refit(
                 search.inputs,
                 search.model,
                 params,
                 search.plans,
                 scratch,
+                split=search.judge.truth.split,
                 resources=guard.resources,
                 recorder=Hushed(told.warn),
             )
@@ -546,6 +549,17 @@ def _difference(found: Interval) -> dict[str, float | None]:
 
 def _scalar(value: Any) -> Scalar:
     return value if value is None or isinstance(value, str | int | float) else str(value)
+
+
+def _plans(table: DataTable, inputs: Inputs, model: str, section: Section) -> tuple[FitPlan, ...]:
+    """Return the fits that a score needs: of a bag all but the last, which predicts no train row.
+
+    A second-level model plans for itself.
+    """
+    if model in SECOND_LEVEL:
+        return ()
+    plans = plan_fits(table, inputs.encoded, inputs.cache, section)
+    return tuple(plan for plan in plans if plan.name != WHOLE)
 
 
 def _refuse_seen(model: str, section: Section, split: str) -> None:

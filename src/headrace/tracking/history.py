@@ -19,8 +19,9 @@ from headrace.storage import read_json
 
 RUN_ID_VARIABLE = "HEADRACE_RUN_ID"
 # Who ran the stages: `headrace run`, `headrace repro`, plain dvc, or a person, one stage.
-# The stages of `headrace search` are trials, and none of the pipeline's.
-RunKind = Literal["flow", "repro", "dvc", "stage", "search"]
+# The stages of `headrace search` are trials, that of `headrace skill` its refits, and none of them
+# is the pipeline's.
+RunKind = Literal["flow", "repro", "dvc", "stage", "search", "skill"]
 RunStatus = Literal["running", "finished", "failed", "interrupted"]
 StageStatus = Literal["running", "finished", "failed", "stopped", "interrupted"]
 
