@@ -21,6 +21,7 @@ def test_regression_by_absolute_error_and_equal_ones_by_id():
     assert worst.row_id.tolist() == [-5, 70, 2**62]
     assert worst.loss.tolist() == [2, 2, 0.5]
     told = worst_json(worst, DELAY, "nn", {"wind": [1.5, None, "x"]})
+    assert told["columns"] == ["wind"]
     assert (told["model"], told["loss"]) == ("nn", "absolute error")
     assert told["rows"][2] == {
         "row_id": str(2**62),

@@ -54,6 +54,7 @@ def worst_json(
     return {
         "model": model,
         "loss": "absolute error" if target.task == "regression" else "log-loss",
+        "columns": list(values),
         "rows": [
             {
                 "row_id": str(worst.row_id[i]),
