@@ -21,6 +21,7 @@ from headrace.params import parse_section
 from headrace.record import MemoryRecorder
 from headrace.stages.embedding_catboost import embedding_catboost
 from headrace.stages.evaluate import EvaluateParams, evaluate
+from headrace.stages.interpret import InterpretParams, interpret
 from headrace.stages.publish import PublishParams, publish
 from headrace.stages.stack import StackParams, stack
 from headrace.stages.train import train
@@ -286,7 +287,12 @@ def test_it_is_compared_and_published_like_any_model_and_never_blended(tmp_path)
     told = {"resources": RESOURCES, "recorder": MemoryRecorder()}
     table, stacked = tmp_path / "reduce", tmp_path / "stack-both"
     stack(table, members, stacked, StackParams(), **told)
-    evaluate(table, members, stacked, tmp_path / "evaluate", EvaluateParams(), **told)
+    asked = tmp_path / "interpret"
+    interpret(table, tmp_path / "encode", members, stacked, asked, InterpretParams(), **told)
+    evaluate(
+        table, members, stacked, tmp_path / "evaluate", EvaluateParams(), interpretation=asked,
+        **told,
+    )  # fmt: skip
     publish(
         table, tmp_path / "encode", members, stacked, tmp_path / "package", PublishParams(), **told
     )
@@ -298,6 +304,11 @@ def test_it_is_compared_and_published_like_any_model_and_never_blended(tmp_path)
         assert entry["chosen"] == "embedding_catboost"
         assert entry["compared_only"] == ["embedding_catboost"]
         assert set(compared[name]["models"]) == {"nn", "embedding_catboost", "stack"}
+    importances = read_json(asked / "importances.json")["models"]["embedding_catboost"]
+    assert "distance" in importances["delay"]
+    assert "nn/delay" not in importances["delay"]  # what the table has is shuffled, not features
+    shap = read_json(asked / "shap.json")["models"]
+    assert {"distance", "nn/delay"} <= set(shap["embedding_catboost"]["delay"]["mean_abs"])
     assert package.description.members == ("embedding_catboost",)
     assert {"catboost", "safetensors", "torch"} <= {
         re.split(r"[<>=~!]", line)[0]
