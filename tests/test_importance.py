@@ -4,10 +4,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from headrace.evaluation.bootstrap import Resampling, Units
+from headrace.evaluation.bootstrap import Interval, Resampling, Units
 from headrace.models.importance import (
     JudgedRows,
     alike_columns,
+    most_important,
     permutation_importances,
     row_losses,
 )
@@ -180,3 +181,16 @@ def test_columns_that_go_together():
     assert 0.9 < group.correlation < 1
     assert alike_columns(table, ["x", "apart"]) == ()
     assert alike_columns(table, []) == ()
+
+
+def test_the_most_important_have_intervals_above_0():
+    found = {
+        "by chance": Interval(0.5, -0.1, 1.1),
+        "small": Interval(0.1, 0.05, 0.2),
+        "large": Interval(0.9, 0.8, 1.0),
+        "one unit": Interval(0.2, None, None),
+        "unused": Interval(0.0, 0.0, 0.0),
+    }
+
+    assert most_important(found, 9) == ["large", "one unit", "small"]
+    assert most_important(found, 1) == ["large"]

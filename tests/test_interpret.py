@@ -26,7 +26,7 @@ from tests.train_case import (
 )
 
 MODELS = ("baseline", "catboost", "nn", "tabnet")
-PARAMS = InterpretParams(rows=200, repeats=2, num_resamples=100)
+PARAMS = InterpretParams(rows=200, repeats=2, num_resamples=200)
 
 
 def told(recorder=None):

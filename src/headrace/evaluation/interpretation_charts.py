@@ -249,7 +249,7 @@ def dependence_chart(entry: Content, labels: Sequence[str], *, axis: str) -> Cha
             "y": line,
             "opacity": 0.35,
             "line": {"width": 1, "color": _GREY},
-            "marker": {"size": 3, "color": _GREY},
+            "marker": {"size": 3 if entry["is_numeric"] else 5, "color": _GREY},
         }
         for number, line in enumerate(entry["lines"])
     ]

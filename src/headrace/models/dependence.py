@@ -10,7 +10,6 @@ Function Approximation"; Goldstein et al. 2015, "Peeking Inside the Black Box".
 Legend: N rows, G values on the grid, O predicted numbers, L single rows.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,9 +95,3 @@ def _category_grid(
     return np.array([np.flatnonzero(codes == k)[0] for k in most], np.int64), tuple(
         labels[k] for k in most
     )
-
-
-def most_important(importances: Sequence[tuple[str, float]], count: int) -> list[str]:
-    """Return the names with the largest values above 0, at most ``count``."""
-    ranked = sorted(importances, key=lambda item: (-item[1], item[0]))
-    return [name for name, value in ranked[:count] if value > 0]

@@ -26,9 +26,15 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from headrace.evaluation.bootstrap import Interval, Resampling, Units, interval
+from headrace.evaluation.bootstrap import (
+    Interval,
+    Resampling,
+    Units,
+    counts,
+    interval,
+    sums_per_unit,
+)
 from headrace.evaluation.losses import log_losses
-from headrace.kernels.bootstrap import draw_counts
 from headrace.models.probe import Floats, Predict, in_parts, numbers, with_rows_of
 from headrace.schema import Target
 
@@ -88,6 +94,13 @@ def permutation_importances(
     }
 
 
+def most_important(found: Mapping[str, Interval], count: int) -> list[str]:
+    """Return the names with the largest values, at most ``count``, whose interval is above 0."""
+    least = {name: one.value if one.low is None else one.low for name, one in found.items()}
+    above = [name for name in found if (least[name] or 0) > 0]
+    return sorted(above, key=lambda name: (-(found[name].value or 0), name))[:count]
+
+
 def row_losses(
     values: Mapping[str, Floats], labels: Mapping[str, Floats], targets: Sequence[Target]
 ) -> dict[str, Floats]:
@@ -142,12 +155,9 @@ def _intervals(
         of_pair_NK = weight_N[:, None] * (growth_NK - point_K)
         share_NK += of_pair_NK  # as the row that is judged
         share_NK[order] += of_pair_NK  # as the row whose value was dealt out
-    share_UK = np.zeros((rows.units.count, share_NK.shape[1]))
-    np.add.at(share_UK, rows.units.of_row, share_NK / (len(orders) * total))
-    counts_BU = draw_counts(
-        rows.units.count, num_resamples=resampling.num_resamples, seed=resampling.seed
-    )
-    means_BK = point_K + np.einsum("bu,uk->bk", counts_BU.astype(np.float64), share_UK)
+    share_KU = sums_per_unit(share_NK.T / (len(orders) * total), rows.units)
+    counts_BU = counts(rows.units, resampling, first=0, num_resamples=resampling.num_resamples)
+    means_BK = point_K + np.einsum("bu,ku->bk", counts_BU.astype(np.float64), share_KU)
     return [
         interval(float(point), means_B, rows.units, resampling)
         for point, means_B in zip(point_K, means_BK.T, strict=True)

@@ -1,9 +1,10 @@
 """Stage ``interpret``: what the models' predictions hang on, by rows no model was fitted on.
 
 Permutation importances of every model with intervals, SHAP values of trees, attention of a TabNet,
-and of each target's best single model the partial dependence on its most important columns. All is
-measured on a sample of valid rows: they set no weight of any model (one with ``stop_rows: valid``
-has stopped by them). Test rows are not read. ``evaluate`` brings it into the report.
+and of each target's best single model the partial dependence on its most important columns, those
+whose interval excludes 0. All is measured on a sample of valid rows: they set no weight of any
+model (one with ``stop_rows: valid`` has stopped by them). Test rows are not read. ``evaluate``
+brings it into the report.
 
 It is a stage of its own, for what it costs to run again. Within ``train`` another grouping of
 columns would train again. Within ``evaluate``, which holds predictions and no model, every change
@@ -18,26 +19,27 @@ trees), one of nn and a bag of the baseline, all of it takes 9 CPU seconds, a th
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, Self, cast
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from headrace.data.encoder import Encoder, open_encoder
 from headrace.data.table import Table, open_table
 from headrace.data.truth import Truth, UnitChoice, read_truth
 from headrace.errors import ConfigError, IntegrityError, nearest
 from headrace.evaluation.blend import rounded
-from headrace.evaluation.bootstrap import Interval, Resampling, Units
+from headrace.evaluation.bootstrap import Interval, Resampling, Units, require_resamples
 from headrace.models.bagging import WHOLE, BaggedModel
-from headrace.models.dependence import Dependence, most_important, partial_dependence
+from headrace.models.dependence import Dependence, partial_dependence
 from headrace.models.importance import (
     TOGETHER,
     Alike,
     Importances,
     JudgedRows,
     alike_columns,
+    most_important,
     permutation_importances,
 )
 from headrace.models.probe import Predict, asked_with_tables
@@ -76,6 +78,11 @@ class InterpretParams(Section):
     unit: UnitChoice = "auto"  # what is resampled: by the split days, its groups, or rows
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
+    @model_validator(mode="after")
+    def _resamples_suffice(self) -> Self:
+        require_resamples(self.num_resamples, self.confidence)
+        return self
+
 
 @dataclass(frozen=True)
 class Interpreted:
@@ -87,7 +94,7 @@ class Interpreted:
     def __str__(self) -> str:
         """One line per target."""
         lines = [
-            f"{target}  {model}  " + ", ".join(most_important(_values(found), 5))
+            f"{target}  {model}  {', '.join(most_important(found, 5)) or 'no column matters'}"
             for target, (model, found) in self.most.items()
         ]
         return "\n".join([*lines, f"by {self.num_rows} valid rows"])
@@ -192,7 +199,7 @@ def _ask(
         told.attention[name] = _attention(model, encoder, rows.inputs, contract)
     for target in best_of:
         singles = {c: found[target][c] for c in contract.features} if target in found else {}
-        columns = most_important(_values(singles), params.top)
+        columns = most_important(singles, params.top)
         told.dependence[target] = {
             "model": name,
             "columns": list(_dependences(predict, rows.inputs, columns, target, contract)),
@@ -292,7 +299,7 @@ def _record(
     recorder: Recorder,
 ) -> None:
     for target, (model, importances) in found.most.items():
-        most = ", ".join(most_important(_values(importances), 5)) or "none"
+        most = ", ".join(most_important(importances, 5)) or "none"
         recorder.note(f"**{target}**: what {model} uses most: {most}")
     for one in alike:
         name = next(n for n, columns in groups.items() if set(one.columns) <= set(columns))
@@ -368,10 +375,6 @@ def _judged(inputs: pa.Table, truth: Truth, count: int) -> JudgedRows:
         weight=None if truth.weight is None else truth.weight[places],
         units=units.of(is_first),
     )
-
-
-def _values(found: Mapping[str, Interval]) -> list[tuple[str, float]]:
-    return [(name, one.value or 0.0) for name, one in found.items()]
 
 
 def _interval_json(one: Interval) -> dict[str, float | None]:
