@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-from catboost import CatBoost
 
 import headrace.models.catboost as catboost_kind
 from headrace.data.draws import is_sampled
@@ -92,18 +91,6 @@ def test_all_three_tasks_are_learnt(views, tmp_path):
     assert told["trees"] == told["best_iteration"] + 1
     curve = [v for name, v, _ in recorder.recorded_metrics if name == "inner_loss_delay"]
     assert min(curve) == pytest.approx(told["inner_loss"])
-
-
-def test_the_learning_rate_follows_the_rows_unless_it_is_given(views, tmp_path):
-    """CatBoost drops its rule where ``l2_leaf_reg`` is given, even as the default that it is."""
-    rates = []
-    for name, params in {"a": {}, "b": {"l2_leaf_reg": 3.0}, "c": {"learning_rate": 0.2}}.items():
-        fitted(views, tmp_path / name, **params)[0].save(tmp_path / name)
-        trees = CatBoost().load_model(str(tmp_path / name / "delay.cbm"))
-        rates.append(round(trees.get_all_params()["learning_rate"], 3))
-
-    assert rates[0] not in (0.03, 0.2)
-    assert rates[1:] == [0.03, 0.2]
 
 
 def test_two_fits_in_different_folders_have_the_same_bytes(views, tmp_path):

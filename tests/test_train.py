@@ -201,6 +201,7 @@ def plans_of(folder, *, bag="folds"):
         range(5),
         bag=bag,
         stop_rows="inner",
+        needs_stop_rows=False,
     )
 
 
@@ -220,6 +221,9 @@ def test_labels_are_counted_per_fit_and_class(folder):
     assert of_fit_1["class"].held_back == (fold == 4).sum()
     assert of_fit_1["delay"].learnt_K.tolist() == [sum(v is not None for v in values)]
     assert of_fit_1["delay"].low == min(v for v in values if v is not None)
+    of_all = {found.target.name: found for found in counts if found.fit == "whole"}
+    assert of_all["class"].learnt_K.sum() == len(fold)
+    assert of_all["class"].held_back is None
     refuse_unlearnable(counts)
 
 
@@ -246,6 +250,36 @@ def test_rows_outside_train_get_half_of_the_folds_models_and_half_of_the_whole_o
     assert sum(bag.weights.values()) == pytest.approx(1)
     assert found.values == pytest.approx(expected[order], rel=1e-12)
     assert not np.allclose(expected, of_folds)
+
+
+@pytest.mark.parametrize(
+    ("model", "params"),
+    [
+        ("catboost", {"iterations": 200, "patience": 3, "learning_rate": 0.3}),
+        ("nn", {"max_epochs": 30, "patience": 1, "learning_rate": 0.03}),
+    ],
+)
+def test_the_whole_model_learns_from_every_row_as_long_as_the_others(
+    folder, tmp_path, model, params
+):
+    """Its length is the median of theirs, whatever its own rows would say."""
+    _, recorder = run(folder, model, tmp_path / "out", **params)
+    members = load_model(tmp_path / "out").members
+    tuned = {name: member.tuned for name, member in members.items()}
+    of_folds = [tuned[f"fold-{fold}"] for fold in range(5)]
+
+    assert recorder.recorded_params["whole/rows_learnt_from"] == 600
+    assert recorder.recorded_params["whole/rows_held_back"] == 0
+    assert recorder.recorded_params["fold-1/rows_held_back"] > 0
+    for name, value in tuned["whole"].items():
+        assert value == round(np.median([one[name] for one in of_folds]))
+    assert len({tuple(one.values()) for one in of_folds}) > 1
+
+
+def test_a_plateau_schedule_holds_rows_back_in_every_fit(folder, tmp_path):
+    few = {"schedule": "plateau", "patience": 16, "max_epochs": 2}
+    _, recorder = run(folder, "nn", tmp_path / "out", **few)
+    assert recorder.recorded_params["whole/rows_held_back"] > 0
 
 
 def test_a_bootstrap_weighs_no_row_that_early_stopping_looks_at(folder, monkeypatch):

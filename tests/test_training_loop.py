@@ -69,7 +69,32 @@ def test_the_best_weights_stay_not_the_last(tmp_path):
         assert learner.validate().losses.total() == outcome.best_value
 
 
+def test_a_given_length_leaves_the_last_weights_and_needs_no_held_back_rows(tmp_path):
+    """The same steps as early stopping takes, and the schedule of ``max_epochs``."""
+    x = torch.randn(40, 2, generator=torch.Generator().manual_seed(0))
+    settings = {"max_epochs": 9, "patience": 9, "schedule": "cosine", "weight_average": 0.9}
+    stopped = Toy(plain(), x, x.prod(dim=1))
+    _, heard = go(stopped, tmp_path / "stopped", **settings)
+    learner = Toy(plain(), x, x.prod(dim=1))
+    learner.validate = None
+    outcome, recorder = go(learner, tmp_path / "of length 9", length=9, **settings)
+    short, heard_short = go(
+        Toy(plain(), x, x.prod(dim=1)), tmp_path / "of length 4", length=4, **settings
+    )
+
+    assert (outcome.best_epoch, outcome.num_epochs, outcome.best_value) == (9, 9, None)
+    assert (short.best_epoch, short.num_epochs) == (4, 4)
+    for name in ("train_loss", "learning_rate"):
+        assert values_of(recorder, name) == values_of(heard, name)
+        assert values_of(heard_short, name) == values_of(heard, name)[:4]
+    assert not values_of(recorder, "inner_loss")
+    assert min(values_of(heard, "inner_loss")) == values_of(heard, "inner_loss")[-1]
+    for name, value in stopped.network.state_dict().items():
+        assert torch.equal(learner.network.state_dict()[name], value), name
+
+
 WAYS = {
+    "of a given length": {"length": 3},
     "plain": {},
     "sgd, one cycle": {"optimiser": "sgd", "schedule": "one_cycle"},
     "rmsprop, cosine": {"optimiser": "rmsprop", "momentum": 0.5, "schedule": "cosine"},

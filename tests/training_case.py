@@ -81,7 +81,7 @@ def plain(inputs=2, width=16):
         return nn.Sequential(nn.Linear(inputs, width), nn.Tanh(), nn.Linear(width, 1))
 
 
-def go(learner, folder, recorder=None, *, stop_on="loss", observer=None, **params):
+def go(learner, folder, recorder=None, *, stop_on="loss", length=None, observer=None, **params):
     recorder = recorder or MemoryRecorder()
     settings = TrainingParams(
         **{"warmup_steps": 0, "weight_decay": 0.0, "learning_rate": 0.02, **params}
@@ -93,6 +93,7 @@ def go(learner, folder, recorder=None, *, stop_on="loss", observer=None, **param
         stream=RandomStream(settings.seed, 1, device=CPU),
         checkpoints=Checkpoints(folder, signature="toy", recorder=recorder),
         recorder=recorder,
+        length=length,
         observer=observer,
         ranks=ALONE,
     )

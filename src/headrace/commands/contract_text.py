@@ -198,15 +198,12 @@ def _rest(draft: Draft) -> str:
         "catboost": (
             f"    threads: {draft.threads}\n"
             "    device: auto  # or cpu, cuda; another one gives slightly other trees\n"
-            "    iterations: 2000  # trees at most; training stops when an inner part of train\n"
-            "    patience: 100  # has not gained for so many\n"
+            "    # bag: none  # one fit, not one per fold and one more: quicker, but not stacked\n"
         ),
         "nn": (
             f"    threads: {draft.threads}  # another number gives slightly other weights\n"
             "    device: auto  # or cpu, cuda, mps; another one likewise\n"
-            "    max_epochs: 30\n"
-            "    patience: 4\n"
-            "    batch_rows: 1024\n"
+            "    # bag: none  # as above; members: 1 is a plain network, several times quicker\n"
         ),
     }
     own = "".join(f"  {name}:\n{trained.get(name, '    {}')}" for name in draft.models)

@@ -18,8 +18,9 @@ _PROCESS_BYTES = 160 * _MIB  # a stage before it has read a row: Python and its 
 _GROUP_BYTES = 32 * _MIB  # decoded values of a row group
 _PREDICTION_BYTES = 90  # of a row and target on disk
 # After which early stopping ends a training, more or less.
-_TREES = 300
-_EPOCHS_OF_MANY, _EPOCHS_OF_FEW = 8, 60  # rows
+_TREES_OF_MANY, _TREES_OF_FEW = 300, 600  # rows
+_EPOCHS_OF_MANY, _EPOCHS_OF_FEW = 8, 60
+_MANY = 50_000
 TRAIN_SHARE, HELD_OUT_SHARE = 0.7, 0.3
 
 
@@ -119,11 +120,12 @@ def _train(model: str, shape: Shape, params: Mapping[str, float]) -> Cost:
         needed = rows * (100 + 16 * shape.num_numbers + 150 * shape.num_categories)
         held = min(needed, params.get("pool_budget", 1 << 30))
         learnt = rows * held / max(needed, 1.0)
-        trees = min(params.get("iterations", 2000), _TREES)
+        usual = _TREES_OF_MANY if rows > _MANY else _TREES_OF_FEW
+        trees = min(params.get("iterations", usual), usual)
         tree_s = 0.003 + learnt * (1e-8 * shape.num_numbers + 13e-8 * shape.num_categories)
         seconds = 2.0 + fits * shape.num_targets * trees * tree_s
         return Cost(seconds, _PROCESS_BYTES + int(1.5 * held), written)
-    usual = _EPOCHS_OF_MANY if rows > 50_000 else _EPOCHS_OF_FEW
+    usual = _EPOCHS_OF_MANY if rows > _MANY else _EPOCHS_OF_FEW
     epochs = min(params.get("max_epochs", usual), usual)
     row_s = 6e-6 + 0.5e-6 * shape.num_inputs + 6e-6 * params.get("members", 1)
     seconds = 4.0 + fits * (1.0 + epochs * rows * row_s)

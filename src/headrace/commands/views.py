@@ -20,5 +20,14 @@ def encoded_views(table: Path, encoded: Path, cache: Path) -> TrainViews:
     fold = np.unique(open_shards(encoded, "train").read("fold"))
     folds = tuple(fold[fold >= 0].tolist())
     contract = read_contract(encoded)
-    (plan,) = fit_plans(table, encoded, cache, contract, folds, bag="none", stop_rows="inner")
+    (plan,) = fit_plans(
+        table,
+        encoded,
+        cache,
+        contract,
+        folds,
+        bag="none",
+        stop_rows="inner",
+        needs_stop_rows=True,
+    )
     return plan.views

@@ -88,6 +88,11 @@ class BaselineModel:
         self._coefficients = tuple(coefficients)
 
     @property
+    def tuned(self) -> Mapping[str, float]:
+        """Nothing: it does not stop early."""
+        return {}
+
+    @property
     def summary(self) -> Mapping[str, Any]:
         """The kind, and per target the mean or the shares of the classes."""
         config = self._config

@@ -74,6 +74,7 @@ _BYTES_PER_COMBINED_CATEGORY = 350  # where statistics of several categories tog
 _COMBINED_VALUES = 500_000  # rows x categories up to which such statistics are worth their time
 _CURVE_POINTS = 200  # of a learning curve that are recorded, at most
 _LOSS = {"regression": "RMSE", "binary": "Logloss", "multiclass": "MultiClass"}
+_PARTS = {"learn": "train", "validation": "inner"}  # our names of CatBoost's
 _JOINT = "joint"  # the name of the one model of all targets
 
 
@@ -86,11 +87,11 @@ class CatboostParams(FitParams):
     threads: Annotated[int, Field(ge=1, le=1024)] = 2
     device: Literal["auto", "cpu", "cuda"] = "auto"  # results depend on it; auto: a GPU if present
     joint: bool = False  # one model for all targets, if all are regressions; on the CPU only
-    iterations: Annotated[int, Field(ge=1)] = 2000  # trees at most
-    patience: Annotated[int, Field(ge=1)] = 100  # trees without a gain before training ends
-    # None: from the number of rows and iterations; CatBoost has no such rule for joint models, nor
-    # where l2_leaf_reg is set: 0.03.
-    learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
+    # More trees than the library's 1,000 and more patience: on California housing a model of all
+    # train rows comes to an RMSE of .434 with 2,000 trees, .424 with 5,000, and still gains.
+    iterations: Annotated[int, Field(ge=1)] = 10_000  # trees at most
+    patience: Annotated[int, Field(ge=1)] = 300  # trees without a gain before training ends
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 0.05
     depth: Annotated[int, Field(ge=1, le=16)] = 6
     l2_leaf_reg: Annotated[float, Field(ge=0)] | None = None
     border_count: Annotated[int, Field(ge=1, le=65_535)] = 254  # splits tried per number
@@ -148,14 +149,14 @@ class _TrainRows:
     """The rows that a fit may use, in memory: inputs, labels, weights and the purpose of each.
 
     Shapes: ``labels`` per target (B,) float64, NaN where missing; ``learn`` and ``stop`` (B,)
-    masks that do not overlap.
+    masks that do not overlap; ``stop`` None where the number of trees is given.
     """
 
     inputs: Frame
     labels: Mapping[str, npt.NDArray[np.float64]]
     weight: npt.NDArray[np.float64] | None
     learn: npt.NDArray[np.bool_]
-    stop: npt.NDArray[np.bool_]
+    stop: npt.NDArray[np.bool_] | None
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,11 @@ class CatboostModel:
     def summary(self) -> Mapping[str, Any]:
         """Per target: best iteration, loss on the inner part, importance of each input."""
         return self._summary
+
+    @property
+    def tuned(self) -> Mapping[str, float]:
+        """The number of trees, by target."""
+        return {name: float(told["trees"]) for name, told in self._summary["targets"].items()}
 
     def predict(self, rows: "EncodedBatch | pa.Table") -> Values:
         """Return per target the value, P(labels[1]) or the class probabilities of each row.
@@ -260,7 +266,7 @@ def fit(
             "device": task_type.lower(),
             "max_ctr_complexity": complexity,
             "rows_learnt_from": int(rows.learn.sum()),
-            "rows_held_back": int(rows.stop.sum()),
+            "rows_held_back": 0 if rows.stop is None else int(rows.stop.sum()),
         }
     )
     scales = _scales(rows, contract.targets)
@@ -277,6 +283,9 @@ def fit(
     summary: dict[str, Any] = {}
     for place, (name, group) in enumerate(config.groups.items()):
         own = folder / f"target-{place}"
+        if rows.stop is None:
+            num_trees = round(views.tuned[group[0].name])
+            params = params.model_copy(update={"iterations": num_trees})
         model = _fit_group(rows, group, config, params, task_type, own, recorder)
         summary |= {target.name: _summary(model, config.features) for target in group}
         trees[name] = _read_back(model, own / "trees.cbm")
@@ -407,14 +416,16 @@ def _read_rows(
     if views.draw is not None:
         counts = np.where(views.is_learnt(fold, row_id), views.counts(row_id), 1)
         importance = counts * (1.0 if importance is None else importance)
+    stop = None
+    if views.stop.kind != "none":
+        is_valid = np.arange(len(fold)) >= num_train
+        stop = is_valid if views.stop.kind == "valid" else views.is_stop(fold, row_id)
     return _TrainRows(
         inputs=inputs_of_table(read, contract.features, contract.named("category")),
         labels={t.name: encode_target(read[t.name], t) for t in contract.targets},
         weight=importance,
         learn=views.is_learnt(fold, row_id),
-        stop=np.arange(len(fold)) >= num_train
-        if views.stop.kind == "valid"
-        else views.is_stop(fold, row_id),
+        stop=stop,
     )
 
 
@@ -470,7 +481,10 @@ def _fit_group(
     loss = _loss(group, is_whole=not np.isnan(labels[is_known]).any())
     curve = _Curve(_title(group), loss, params.iterations, recorder)
     folder.mkdir(parents=True, exist_ok=True)
+    stop = None if rows.stop is None else rows.stop & is_known
     settings = _settings(params, group, loss, task_type, folder)
+    if stop is not None:
+        settings |= {"od_type": "Iter", "od_wait": params.patience, "use_best_model": True}
     if weights := params.feature_weights(config.features):
         settings["feature_weights"] = weights
     model = CatBoost(settings)
@@ -478,7 +492,7 @@ def _fit_group(
     def learn(callbacks: list[_Curve] | None) -> None:
         model.fit(
             _pool(rows, group, rows.learn & is_known, config),
-            eval_set=_pool(rows, group, rows.stop & is_known, config),
+            eval_set=None if stop is None else _pool(rows, group, stop, config),
             callbacks=callbacks,
         )
 
@@ -563,9 +577,6 @@ def _settings(
         "l2_leaf_reg": params.l2_leaf_reg,
         "border_count": params.border_count,
         "max_ctr_complexity": params.max_ctr_complexity,
-        "od_type": "Iter",
-        "od_wait": params.patience,
-        "use_best_model": True,
         "random_seed": params.seed,
         "thread_count": params.threads,
         "task_type": task_type,
@@ -603,19 +614,16 @@ class _Curve:
         return self.error is None and not self.is_stopped
 
     def _tell(self, info: Any) -> None:
-        loss = self.loss
-        learnt, held_back = info.metrics["learn"][loss][-1], info.metrics["validation"][loss][-1]
+        told = {_PARTS[part]: float(by[self.loss][-1]) for part, by in info.metrics.items()}
+        part, value = next(reversed(told.items()))
         self.recorder.progress(
             info.iteration,
             self.iterations,
             unit="trees",
-            detail=f"{self.title}: inner {loss} {held_back:.5g}",
+            detail=f"{self.title}: {part} {self.loss} {value:.5g}",
         )
         if (info.iteration - 1) % max(1, self.iterations // _CURVE_POINTS) == 0:
-            values = {
-                f"train_loss_{self.title}": float(learnt),
-                f"inner_loss_{self.title}": float(held_back),
-            }
+            values = {f"{part}_loss_{self.title}": value for part, value in told.items()}
             self.recorder.metrics(
                 {key: value for key, value in values.items() if math.isfinite(value)},
                 step=info.iteration,
@@ -671,13 +679,17 @@ def _no_values(target: Target) -> npt.NDArray[np.float64]:
 
 def _summary(trees: Any, features: Sequence[str]) -> dict[str, Any]:
     importances = [float(value) for value in trees.get_feature_importance()]
-    (held_back,) = trees.get_best_score()["validation"].values()
-    return {
-        "best_iteration": int(trees.get_best_iteration()),
+    found = {
         "trees": int(trees.tree_count_),
-        "inner_loss": float(held_back),
         "importances": dict(zip(features, importances, strict=True)),
     }
+    if held_back := trees.get_best_score().get("validation"):
+        (inner_loss,) = held_back.values()
+        found |= {
+            "best_iteration": int(trees.get_best_iteration()),
+            "inner_loss": float(inner_loss),
+        }
+    return found
 
 
 def _read_back(trees: Any, path: Path) -> Any:

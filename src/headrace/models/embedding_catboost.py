@@ -198,6 +198,11 @@ class EmbeddingCatboostModel:
         """What each member of the bag of trees says, by its name."""
         return self.trees.summary
 
+    @property
+    def tuned(self) -> Mapping[str, float]:
+        """What the trees' stop rows settled."""
+        return self.trees.tuned
+
     def predict(self, rows: "EncodedBatch | pa.Table") -> Values:
         """Return per target the value, P(labels[1]) or the class probabilities of each row.
 

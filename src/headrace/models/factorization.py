@@ -76,7 +76,9 @@ def fit(
 
     columns = _columns(views, params)
     searched: dict[float, float] = {}
-    if params.weight_decay == "search":
+    if params.weight_decay == "search" and "weight_decay" in views.tuned:
+        params = _with_decay(params, views.tuned["weight_decay"])
+    elif params.weight_decay == "search":
         searched = _search(views, params, columns, checkpoints, resources, recorder)
         params = _with_decay(params, min(searched, key=lambda decay: searched[decay]))
     model = fit_network(

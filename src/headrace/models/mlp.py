@@ -38,7 +38,7 @@ from headrace.training.params import Activation
 Floats: TypeAlias = npt.NDArray[np.float64]
 
 _CURVE_PARTS = 256  # of the curve that makes a column normal
-_HEAD_START = 0.1  # of the heads' usual first weights
+_HEAD_START = 0.5  # of the heads' usual first weights
 
 
 class MlpDesign(Section):

@@ -193,6 +193,12 @@ class NetworkModel:
         """Best epoch, loss on the inner part, number of parameters."""
         return self._summary
 
+    @property
+    def tuned(self) -> Mapping[str, float]:
+        """The best epoch and, where it was searched, the weight decay."""
+        names = ("best_epoch", "weight_decay")
+        return {name: float(self._summary[name]) for name in names if name in self._summary}
+
     def tell(self, facts: Mapping[str, Any]) -> None:
         """Add to the summary what a kind knows beside it, as JSON values."""
         self._summary |= facts
@@ -315,6 +321,7 @@ def fit_network(
                 learner,
                 params,
                 stop_on=params.stop_on,
+                length=round(views.tuned["best_epoch"]) if views.stop.kind == "none" else None,
                 stream=RandomStream(params.seed, _TRAIN, device=device),
                 checkpoints=Checkpoints(checkpoints, signature=signature, recorder=recorder),
                 recorder=recorder,
@@ -897,10 +904,12 @@ def _record_batch(recorder: Recorder, batch: Batch, encoded: Path, folder: Path)
 
 
 def _summary(outcome: Outcome, stop_on: str, targets: Sequence[Target]) -> dict[str, Any]:
-    is_loss = stop_on in ["loss", *(target.name for target in targets)]
-    return {
+    found = {
         "best_epoch": outcome.best_epoch,
         "epochs": outcome.num_epochs,
-        "inner_loss" if is_loss else f"inner_{stop_on}": outcome.best_value,
         "parameters": outcome.num_parameters,
     }
+    if outcome.best_value is None:
+        return found
+    is_loss = stop_on in ["loss", *(target.name for target in targets)]
+    return {**found, "inner_loss" if is_loss else f"inner_{stop_on}": outcome.best_value}

@@ -22,3 +22,8 @@ class NetworkParams(TrainingParams, FitParams):
     # Regression targets whose predictions never leave [low, high], by a sigmoid a little wider
     # than that: for ratings, say. seen: all of them, within the values of the rows learnt from.
     output_range: OutputRange = Field(default_factory=dict)
+
+    @property
+    def needs_stop_rows(self) -> bool:
+        """A plateau of the learning rate is one of the held-back loss."""
+        return self.schedule == "plateau"

@@ -8,14 +8,15 @@ A kind is one module with a params section and two functions, ``fit`` and ``load
 2. add ``"NAME": Kind("headrace.models.NAME", "NameParams")`` below.
 
 ``fit`` learns every target of the contract from the rows that its ``TrainViews`` allows, and from
-no others: early stopping is judged on an inner part of train. The stage ``train`` calls it once per
-fold and makes a bag of the fitted models; a kind knows nothing of that. A fitted model reads either
-encoded batches (networks, linear models) or rows of the reduced table (trees), and says which.
-Modules are imported when a kind is used, so listing kinds loads neither torch nor catboost.
+no others: early stopping is judged on an inner part of train, or the length of training is given.
+The stage ``train`` calls it once per fold and makes a bag of the fitted models; a kind knows
+nothing of that. A fitted model reads either encoded batches (networks, linear models) or rows of
+the reduced table (trees), and says which. Modules are imported when a kind is used, so listing
+kinds loads neither torch nor catboost.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, cast
@@ -67,12 +68,17 @@ class FitParams(Section):
     """What the section of every kind that stops early says about the rows it is fitted on."""
 
     # folds: a model per fold, fitted on the other folds, predicts the rows of its own; valid and
-    # test rows get the mean of all. bootstrap: the same, each model on a bootstrap sample of the
-    # other folds. none: one model, and no predictions of train rows.
+    # test rows get the mean of all and of one more, fitted on all folds. bootstrap: the same, each
+    # model on a bootstrap sample. none: one model, and no predictions of train rows.
     bag: Literal["folds", "bootstrap", "none"] = "folds"
     # Where early stopping looks. valid: the protocol of published tables; such a model has seen
     # the labels of valid rows, so it cannot be stacked or chosen by them.
     stop_rows: Literal["inner", "valid"] = "inner"
+
+    @property
+    def needs_stop_rows(self) -> bool:
+        """Whether even a fit whose length is known has to look at rows it does not learn from."""
+        return False
 
 
 @dataclass(frozen=True)
@@ -80,10 +86,11 @@ class StopRows:
     """The rows on which early stopping is judged; their labels set no weights.
 
     ``fold``: all rows of this fold. ``share``: this share of the rows of all folds, by a hash of
-    their id and ``seed``. ``valid``: the valid split.
+    their id and ``seed``. ``valid``: the valid split. ``none``: no rows; a fit is as long as
+    ``TrainViews.tuned`` says.
     """
 
-    kind: Literal["fold", "share", "valid"]
+    kind: Literal["fold", "share", "valid", "none"]
     fold: int = -1
     share: float = 0.0
     seed: int = 0
@@ -95,7 +102,8 @@ class TrainViews:
 
     A kind that does not stop early learns from all rows of ``folds``; the others from those that
     are not ``stop`` rows. ``draw`` is the seed of a bootstrap sample of the rows learnt from; None
-    for each of them once.
+    for each of them once. ``tuned`` is what the stop rows of other fits settled, where this one has
+    none: see ``FittedModel.tuned``.
     """
 
     table: Path  # data/reduce
@@ -105,6 +113,7 @@ class TrainViews:
     folds: tuple[int, ...]
     stop: StopRows
     draw: int | None = None
+    tuned: Mapping[str, float] = field(default_factory=dict)
 
     def is_allowed(self, fold: npt.NDArray[np.int8]) -> npt.NDArray[np.bool_]:
         """Return which train rows may be used at all, by their fold."""
@@ -141,7 +150,12 @@ class TrainViews:
     @property
     def described(self) -> dict[str, Any]:
         """The rows in JSON values: what a checkpoint must agree with."""
-        return {"folds": list(self.folds), "stop": asdict(self.stop), "draw": self.draw}
+        return {
+            "folds": list(self.folds),
+            "stop": asdict(self.stop),
+            "draw": self.draw,
+            "tuned": dict(self.tuned),
+        }
 
 
 class FittedModel(Protocol):
@@ -156,6 +170,10 @@ class FittedModel(Protocol):
     @property
     def summary(self) -> Mapping[str, Any]:
         """What a person asks first (best iteration, loss, importances), as JSON values."""
+
+    @property
+    def tuned(self) -> Mapping[str, float]:
+        """What its stop rows settled (how many epochs or trees), by a name of the kind's own."""
 
     def predict(self, rows: "EncodedBatch | pa.Table") -> Values:
         """Return per target one number per row, or one per row and class.

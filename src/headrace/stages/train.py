@@ -10,7 +10,7 @@ A finished fit is kept with the checkpoints, so a run that is killed goes on wit
 
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,14 +63,14 @@ class LabelCounts:
     """Labelled train rows of one target that one fit may use, per class.
 
     Shape: ``learnt_K`` rows learnt from, (classes,), or (1,) for a regression; ``held_back`` rows
-    early stopping looks at; ``low`` and ``high`` are the smallest and largest value learnt from,
-    infinite without any.
+    early stopping looks at, None where a fit needs none; ``low`` and ``high`` are the smallest and
+    largest value learnt from, infinite without any.
     """
 
     target: Target
     fit: str
     learnt_K: npt.NDArray[np.int64]
-    held_back: int
+    held_back: int | None
     low: float
     high: float
 
@@ -135,6 +135,7 @@ def plan_fits(table: Table, encoded: Path, cache: Path, params: Section) -> tupl
         _folds(table),
         bag=settings.bag,
         stop_rows=settings.stop_rows,
+        needs_stop_rows=settings.needs_stop_rows,
     )
     refuse_unlearnable(count_labels(table, plans))
     return plans
@@ -157,8 +158,12 @@ def fit_all(
     recorder: Recorder,
 ) -> list[tuple[FitPlan, FittedModel]]:
     """Fit every plan, or take what an earlier run finished of it."""
-    fits = []
+    fits: list[tuple[FitPlan, FittedModel]] = []
     for place, plan in enumerate(plans):
+        views = plan.views
+        if views.stop.kind == "none":
+            tuned = BaggedModel({one.name: fitted for one, fitted in fits}).tuned
+            views = replace(views, tuned=tuned)
         own = checkpoints / plan.name if plan.name else checkpoints
         told = _FitRecorder(recorder, plan.name, place, len(plans)) if plan.name else recorder
         finished = own / FITTED
@@ -167,7 +172,7 @@ def fit_all(
             recorder.note(f"{plan.name or model} was finished by an earlier run and is kept.")
         else:
             fitted = kind_module(model).fit(
-                plan.views, params, checkpoints=own, resources=resources, recorder=told
+                views, params, checkpoints=own, resources=resources, recorder=told
             )
             if plan.name and _is_first_rank(model):
                 with new_folder(finished) as folder:
@@ -278,7 +283,7 @@ def count_labels(table: Table, plans: Sequence[FitPlan]) -> tuple[LabelCounts, .
             target,
             plan.name,
             learnt[i, j, : _num_classes(target)],
-            int(held_back[i, j]),
+            None if plan.views.stop.kind == "none" else int(held_back[i, j]),
             float(low[i, j]),
             float(high[i, j]),
         )
@@ -305,10 +310,10 @@ def _fault(counts: LabelCounts) -> str:
     target = counts.target
     where = f"target {target.name!r}"
     of_fit = f" of the fit {counts.fit}" if counts.fit else ""
-    if counts.learnt_K.sum() < 2 or counts.held_back < 1:
+    if counts.learnt_K.sum() < 2 or counts.held_back == 0:
         return (
             f"{where} has {counts.learnt_K.sum()} labelled rows to learn from and "
-            f"{counts.held_back} to stop on{of_fit}; at least 2 and 1 are needed: check the "
+            f"{counts.held_back or 0} to stop on{of_fit}; at least 2 and 1 are needed: check the "
             f"column, give train more rows in `extract.split`, or set `bag` to none"
         )
     if target.task == "regression":

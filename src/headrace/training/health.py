@@ -209,9 +209,12 @@ class Health:
     def finish(self, outcome: Outcome) -> Verdict | None:
         """Record the verdict, the figure of the curves, and layers whose units are mostly idle.
 
-        Returns the verdict on the first rank; None on the others.
+        Returns the verdict on the first rank; None on the others and where no rows were held back.
         """
         if not self._ranks.is_first:
+            return None
+        if not self._history[0]["inner"]:  # nothing was held back to judge by
+            self._warn_of_idle()
             return None
         rows = self._learner.learnt_rows(_LEARNT_ROWS)
         with _looked_at(self._learner.network):

@@ -42,6 +42,8 @@ from headrace.training.stopping import EarlyStopping
 from headrace.training.update import Updater
 from headrace.training.warm_start import hold_frozen, start_warm
 
+_UNSEEN = Validation(LossMeans({}))  # of an epoch that is not validated
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -49,7 +51,7 @@ class Outcome:
 
     best_epoch: int  # from 1
     num_epochs: int
-    best_value: float  # of what early stopping looked at
+    best_value: float | None  # of what early stopping looked at; None without it
     num_parameters: int
 
 
@@ -61,17 +63,19 @@ def train_network(
     stream: RandomStream,
     checkpoints: Checkpoints,
     recorder: Recorder,
+    length: int | None = None,
     observer: Observer | None = None,
     ranks: Ranks = ALONE,
     clock: Callable[[], float] = time.monotonic,
 ) -> Outcome:
     """Train ``learner.network`` until it stops improving; leave the best weights in it.
 
-    ``stop_on`` is ``loss`` (the total), the name of one of the losses, or of a metric of the
-    learner's ``Validation``. Random numbers (dropout) come from ``stream``; with several ``ranks``
-    each draws its own, anew for every step. ``observer`` hears what happens and changes nothing.
-    ``clock`` gives the seconds by which checkpoints are due. SIGINT and SIGTERM take effect between
-    two steps, after a checkpoint.
+    With ``length`` it is trained for just so many epochs, without validation, and the last weights
+    are left; the schedule stays that of ``max_epochs``. ``stop_on`` is ``loss`` (the total), the
+    name of one of the losses, or of a metric of the learner's ``Validation``. Random numbers
+    (dropout) come from ``stream``; with several ``ranks`` each draws its own, anew for every step.
+    ``observer`` hears what happens and changes nothing. ``clock`` gives the seconds by which
+    checkpoints are due. SIGINT and SIGTERM take effect between two steps, after a checkpoint.
 
     Raises:
         ConfigError: if ``stop_on`` names nothing that the learner validates, or a setting does not
@@ -88,7 +92,17 @@ def train_network(
     quickly = compiled(learner.network) if params.compile else nullcontext()
     with held_signals() as signals, stream.lent(), quickly:
         run = _Run(
-            learner, params, stop_on, stream, checkpoints, recorder, observer, ranks, clock, signals
+            learner,
+            params,
+            stop_on,
+            length,
+            stream,
+            checkpoints,
+            recorder,
+            observer,
+            ranks,
+            clock,
+            signals,
         )
         run.resume()
         while not run.is_over:
@@ -105,7 +119,7 @@ def training_update(learner: Learner, params: TrainingParams) -> Callable[[Any],
     unused = Checkpoints(Path(), signature="", recorder=recorder)
     stream = RandomStream(params.seed, device=_device_of(learner.network))
     clock, signals = time.monotonic, HeldSignals()
-    run = _Run(learner, params, "loss", stream, unused, recorder, None, ALONE, clock, signals)
+    run = _Run(learner, params, "loss", None, stream, unused, recorder, None, ALONE, clock, signals)
     return run.learn
 
 
@@ -117,6 +131,7 @@ class _Run:
         learner: Learner,
         params: TrainingParams,
         stop_on: str,
+        length: int | None,
         stream: RandomStream,
         checkpoints: Checkpoints,
         recorder: Recorder,
@@ -129,6 +144,7 @@ class _Run:
         self._learner = learner
         self._params = params
         self._stop_on = stop_on
+        self._length = length
         self._stream = stream
         self._checkpoints = checkpoints
         self._recorder = recorder
@@ -150,7 +166,11 @@ class _Run:
     @property
     def is_over(self) -> bool:
         """Whether no further epoch is wanted."""
-        return self.stopping.is_over or self.epoch >= self._params.max_epochs
+        return self.stopping.is_over or self.epoch >= self._num_epochs
+
+    @property
+    def _num_epochs(self) -> int:
+        return self._params.max_epochs if self._length is None else self._length
 
     def one_epoch(self) -> None:
         """Finish the running epoch, validate, and keep the weights if they are the best."""
@@ -165,18 +185,22 @@ class _Run:
             rate = num_rows / max(1e-9, time.monotonic() - began)
             self._recorder.progress(
                 self.epoch,
-                self._params.max_epochs,
+                self._num_epochs,
                 unit="epochs",
                 detail=f"batch {self.used}/{learner.num_batches}, {rate:,.0f} rows/s",
             )
             self._end_step()
         self._require_same_weights()
         with self._average.lent():
-            found = self._validate()
-            figure = found.figure(self._stop_on)
-            is_best = self.stopping.see(
-                self.epoch, figure.value, higher_is_better=figure.higher_is_better
-            )
+            if self._length is None:
+                found = self._validate()
+                figure = found.figure(self._stop_on)
+                is_best = self.stopping.see(
+                    self.epoch, figure.value, higher_is_better=figure.higher_is_better
+                )
+            else:
+                network.eval()
+                found, is_best = _UNSEEN, self.epoch + 1 == self._length
             if is_best:
                 self._best = _copy(network.state_dict())
         self._log(found)
@@ -185,7 +209,7 @@ class _Run:
         self.epoch, self.used, self._sums = self.epoch + 1, 0, None
         self._end_step()
         self._recorder.progress(
-            self.epoch, self._params.max_epochs, unit="epochs", detail=_in_words(found)
+            self.epoch, self._num_epochs, unit="epochs", detail=_in_words(found)
         )
 
     def learn(self, batch: Any) -> None:
@@ -252,10 +276,11 @@ class _Run:
             )
         network.load_state_dict(self._best)
         network.eval()
+        is_stopped = self._length is None
         return Outcome(
-            best_epoch=self.stopping.best_epoch + 1,
+            best_epoch=self.stopping.best_epoch + 1 if is_stopped else self.epoch,
             num_epochs=self.epoch,
-            best_value=self.stopping.best,
+            best_value=self.stopping.best if is_stopped else None,
             num_parameters=sum(p.numel() for p in network.parameters()),
         )
 
@@ -280,7 +305,9 @@ class _Run:
         return found
 
     def _log(self, found: Validation) -> None:
-        values = {"inner_loss": found.losses.total(), "learning_rate": self._updater.rate}
+        values = {"learning_rate": self._updater.rate}
+        if found.losses.sums:
+            values["inner_loss"] = found.losses.total()
         values |= {f"inner_loss_{name}": value for name, value in found.losses.means().items()}
         values |= {f"inner_{name}": metric.value for name, metric in found.metrics.items()}
         if self._sums is not None:
@@ -342,7 +369,7 @@ class _Run:
 
 def _in_words(found: Validation) -> str:
     """The validation for a progress line: ``loss 0.431, auc_late 0.692``."""
-    figures = {"loss": found.losses.total()}
+    figures = {"loss": found.losses.total()} if found.losses.sums else {}
     figures |= {name: metric.value for name, metric in found.metrics.items()}
     return ", ".join(f"{name} {value:.5g}" for name, value in figures.items())
 
