@@ -118,19 +118,19 @@ def alike_columns(inputs: pa.Table, numeric: Sequence[str]) -> tuple[Alike, ...]
 
     Missing values count as the mean rank. Categories have no order and are not looked at.
     """
-    ranks = np.array([_ranks(numbers(inputs[name])) for name in numeric])
-    varying = np.flatnonzero(ranks.std(axis=1) > 0) if len(ranks) else np.empty(0, np.int64)
-    if len(varying) < 2:
+    ranks = {name: _ranks(numbers(inputs[name])) for name in numeric}
+    names = [name for name, rank_N in ranks.items() if rank_N.any()]
+    if len(names) < 2:
         return ()
-    correlation = np.abs(np.corrcoef(ranks[varying]))
-    group_of = list(range(len(varying)))
+    scaled_KN = np.array([ranks[name] / np.linalg.norm(ranks[name]) for name in names])
+    correlation = np.abs(np.einsum("in,jn->ij", scaled_KN, scaled_KN))
+    group_of = list(range(len(names)))
     weakest: dict[int, float] = {}
     for i, j in np.argwhere(np.triu(correlation, 1) > TOGETHER).tolist():
         kept, joined = sorted((group_of[i], group_of[j]))
         group_of = [kept if group == joined else group for group in group_of]
         found = (correlation[i, j], weakest.get(kept, 1.0), weakest.pop(joined, 1.0))
         weakest[kept] = float(min(found))
-    names = [numeric[place] for place in varying.tolist()]
     return tuple(
         Alike(tuple(name for name, own in zip(names, group_of, strict=True) if own == group), least)
         for group, least in sorted(weakest.items())
