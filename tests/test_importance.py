@@ -3,6 +3,7 @@
 import numpy as np
 import pyarrow as pa
 import pytest
+from scipy.stats import spearmanr
 
 from headrace.evaluation.bootstrap import Interval, Resampling, Units
 from headrace.models.importance import (
@@ -194,3 +195,12 @@ def test_the_most_important_have_intervals_above_0():
 
     assert most_important(found, 9) == ["large", "one unit", "small"]
     assert most_important(found, 1) == ["large"]
+
+
+def test_the_rank_correlation_is_spearmans_with_ties():
+    rng = np.random.default_rng(4)
+    one = rng.integers(0, 12, 400)
+    other = one + rng.integers(0, 3, 400)
+    (group,) = alike_columns(pa.table({"one": one, "other": other}), ["one", "other"])
+
+    assert group.correlation == pytest.approx(spearmanr(one, other).statistic, abs=1e-12)
