@@ -4,6 +4,8 @@ import io
 import os
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +13,12 @@ import pytest
 from rich.console import Console
 
 from headrace.commands.budget import Budget, parse_duration
-from headrace.commands.refit import refit
+from headrace.commands.refit import refit, warn_of_stale
 from headrace.commands.search import FRAGMENT, SUMMARY, open_search, search
 from headrace.commands.space import Range, Space, read_space, with_point
+from headrace.commands.stage import Guard, run_stage
 from headrace.commands.trials import Trial, propose
-from headrace.errors import ConfigError, DataError, Stopped
+from headrace.errors import ConfigError, DataError, ResourceError, Stopped
 from headrace.evaluation.bootstrap import Resampling, Scored, Units
 from headrace.evaluation.metrics import metric_of
 from headrace.evaluation.tuning import rank_trials
@@ -249,6 +252,7 @@ def test_what_is_no_duration_is_refused(text: str):
 
 def test_a_budget_begins_nothing_that_will_not_end_in_time():
     assert Budget(10).has_time([])
+    assert not Budget(-1).has_time([])
     assert Budget(10).has_time([1, 9, 8])
     assert not Budget(10).has_time([11, 12, 1])
     assert Budget(None).has_time([1e9])
@@ -387,8 +391,30 @@ def test_a_search_whose_trials_all_fail_says_why(project: Project, monkeypatch):
         raise RuntimeError("broken")
 
     monkeypatch.setattr(baseline, "fit", fails)
-    with pytest.raises(DataError, match=r"all 2 trials failed; the first: .*broken"):
+    with pytest.raises(DataError, match=r"all 2 trials failed; the first: .*broken.*; mend that"):
         look(project, trials=2)
+    with pytest.raises(DataError, match=r"all 10 trials failed"):
+        look(project, trials=None, budget_s=600.0)
+
+
+def test_a_trial_that_takes_too_much_memory_is_not_tried_again(project: Project, monkeypatch):
+    """It ends the search, as it would end a stage, and the next call goes on after it."""
+    fit, calls = baseline.fit, []
+
+    def grows(views, params, **options):
+        calls.append(params)
+        if len(calls) == 6:  # five fits a trial
+            monkeypatch.setattr(Guard, "is_stopping", True)
+            raise ResourceError("the run held too much")
+        return fit(views, params, **options)
+
+    monkeypatch.setattr(baseline, "fit", grows)
+    with pytest.raises(ResourceError, match="the run held too much"):
+        look(project, trials=3)
+    monkeypatch.setattr(Guard, "is_stopping", False)
+    found, printed = look(project, trials=3)
+    assert [one["state"] for one in found["trials"]] == ["finished", "failed", "finished"]
+    assert "going on with 2 trials" in printed
 
 
 def test_a_stopped_search_goes_on_to_the_same_result(project: Project, monkeypatch):
@@ -447,6 +473,35 @@ def test_a_model_that_has_seen_valid_labels_is_not_scored_on_them(project: Proje
         look(project, "nn")
 
 
+@pytest.mark.slow
+def test_a_second_level_model_is_searched_on_valid_rows(project: Project):
+    """Its networks are those of the project; what is searched is how trees use them."""
+    section = "{hidden_sizes: [16], max_epochs: 3, batch_rows: 64, device: cpu}"
+    edit(
+        project,
+        "{bag: none, hidden_sizes: [8], max_epochs: 3, batch_rows: 64, device: cpu}",
+        section,
+    )
+    edit(project, "search:", "embedding_catboost: {iterations: 20, depth: 2, device: cpu}\nsearch:")
+    edit(
+        project,
+        "  nn:\n    learning_rate",
+        "  embedding_catboost: {depth: [3]}\n  nn:\n    learning_rate",
+    )
+    data = project.root / "data"
+    made = data.resolve()
+    data.unlink()
+    data.mkdir()
+    for name in ("reduce", "encode"):
+        (data / name).symlink_to(made / name)
+    run_stage(project, "train@nn")
+    found, _ = look(project, "embedding_catboost", method="grid", target="late")
+
+    assert found["rows"] == "valid rows"
+    assert [one["params"]["depth"] for one in found["trials"]] == [2, 3]
+    assert all(one["value"] > 0.7 for one in found["trials"])
+
+
 def test_another_setting_is_another_search(project: Project):
     first = open_search(project, "baseline", method="tpe", target=None, seed=0)
     assert (
@@ -459,6 +514,19 @@ def test_another_setting_is_another_search(project: Project):
     assert (
         open_search(project, "baseline", method="tpe", target=None, seed=0).folder != first.folder
     )
+
+
+def test_inputs_that_are_not_up_to_date_are_named(tmp_path: Path):
+    subprocess.run(
+        [sys.executable, "-m", "dvc", "init", "--no-scm", "--quiet"], cwd=tmp_path, check=True
+    )
+    (tmp_path / "a.txt").write_text("new")
+    (tmp_path / "dvc.yaml").write_text(
+        "stages: {reduce: {cmd: 'true'}, encode: {cmd: 'true', deps: [a.txt]}}"
+    )
+    console = Console(file=io.StringIO(), width=200)
+    warn_of_stale(Project(tmp_path), ["encode"], console)
+    assert console.file.getvalue().startswith("warning: encode is not up to date")
 
 
 @pytest.mark.parametrize(

@@ -38,8 +38,7 @@ class Budget:
     def has_time(self, earlier_s: Sequence[float]) -> bool:
         """Whether a piece of work that takes as long as earlier ones would end in time.
 
-        The first one always begins: nobody knows what it takes.
+        Nobody knows what the first one takes: it begins while there is any time.
         """
-        if self._end is None or not earlier_s:
-            return True
-        return time.monotonic() + median(earlier_s) <= self._end
+        expected_s = median(earlier_s) if earlier_s else 0.0
+        return self._end is None or time.monotonic() + expected_s <= self._end

@@ -4,16 +4,19 @@ What the stages do, without their outs: ``data/`` and dvc.lock stay as they are.
 from the checkpoints of their scratch folder, as those of a stage do.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console
+
+from headrace.commands.pipeline import changes, read_dag
 from headrace.data.predictions import Predictions, read_predictions
 from headrace.data.table import Table, open_table
 from headrace.models.bagging import BaggedModel, FitPlan
 from headrace.models.protocol import SECOND_LEVEL
 from headrace.params import Resources, Section
-from headrace.project import EMBEDDING_CATBOOST, Project
+from headrace.project import EMBEDDING_CATBOOST, PIPELINE, Project
 from headrace.record import Recorder, Scalar
 from headrace.stages.train import fit_all, predictions_of
 
@@ -37,6 +40,23 @@ def project_inputs(project: Project, model: str) -> Inputs:
     """Return what the stage of ``model`` reads in ``project``."""
     network = project.data("train@nn") if model in SECOND_LEVEL else None
     return Inputs(project.data("reduce"), project.data("encode"), project.cache, network)
+
+
+def warn_of_stale(project: Project, stages: Sequence[str], console: Console) -> None:
+    """Say which of ``stages``, whose outs are read, are not up to date with params.yaml.
+
+    Raises:
+        DependencyError: if DVC cannot tell, because a stage is running.
+    """
+    if not (project.root / PIPELINE).is_file() or not (project.root / ".dvc").is_dir():
+        return
+    changed = changes(project, read_dag(project))
+    if stale := [stage for stage in stages if stage in changed]:
+        verb = "is" if len(stale) == 1 else "are"
+        told = (
+            f"warning: {', '.join(stale)} {verb} not up to date (`headrace why` says what changed)"
+        )
+        console.print(f"{told}; fitted is what lies in data/", markup=False, highlight=False)
 
 
 def refit(

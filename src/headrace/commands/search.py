@@ -25,7 +25,7 @@ from rich.table import Table
 from headrace.commands.budget import Budget
 from headrace.commands.checkpoints import stage_entry
 from headrace.commands.lock import lock_folder, told_to
-from headrace.commands.refit import Hushed, Inputs, project_inputs, refit
+from headrace.commands.refit import Hushed, Inputs, project_inputs, refit, warn_of_stale
 from headrace.commands.results import interval_text
 from headrace.commands.settings import Settings, read_settings, stage_of
 from headrace.commands.space import Point, Space, value_at, with_point
@@ -48,6 +48,7 @@ from headrace.errors import ConfigError, DataError, Stopped, explain
 from headrace.evaluation.bootstrap import Interval, Resampling, Scored, Units, bootstrap, interval
 from headrace.evaluation.metrics import Metric, Sample
 from headrace.evaluation.tuning import Standings, rank_trials
+from headrace.lineage import code_digests, stage_modules
 from headrace.models.bagging import WHOLE, FitPlan
 from headrace.models.protocol import SECOND_LEVEL, FitParams
 from headrace.params import Section, parse_section
@@ -64,6 +65,7 @@ SUMMARY, FRAGMENT, RUN = "search.json", "best.yaml", "run.json"
 _KEY_LETTERS = 16
 _SHOWN = 10  # trials of the table
 _DEFAULT_TRIALS = 20
+_MOST_FAILURES = 10  # at the start, with no trial that ends well
 _TITLES = {"train": "out-of-fold train rows", "valid": "valid rows"}
 
 
@@ -176,6 +178,8 @@ def search(
     with lock_folder(project, command, wait=wait, on_wait=told_to(console)):
         found = open_search(project, model, method=method, target=target, seed=seed)
         with guarded(project, f"search of {model}", found.settings.resources) as guard:
+            network = ["train@nn"] if model in SECOND_LEVEL else []
+            warn_of_stale(project, ["reduce", "encode", *network], console)
             close_stale(project.journal)
             complete_last_run(project)
             limit = trials if trials is not None or budget_s is not None else _DEFAULT_TRIALS
@@ -209,6 +213,7 @@ def open_search(
     metric = chosen_metrics(table.contract, params)[wanted.name]
     entry = {
         **stage_entry(project, stage_of(model), section, inputs.folders),
+        "code": code_digests(*stage_modules(stage_of(model)), "headrace.evaluation.tuning"),
         "space": space.to_json(),
         "method": method,
         "seed": seed,
@@ -254,7 +259,8 @@ def run_trials(
         )
         console.print(told, highlight=False)
     while limit is None or len(ended) < limit:
-        if not budget.has_time([trial.seconds for trial in ended]):
+        _refuse_hopeless(search, ended)
+        if not budget.has_time([trial.seconds for trial in ended if trial.state == "finished"]):
             console.print("the time is up", highlight=False)
             break
         number, point = _next(search, ended, begun)
@@ -265,6 +271,20 @@ def run_trials(
         ended.append(trial)
         console.print(_line(search, trial), markup=False, highlight=False, soft_wrap=True)
     return ended
+
+
+def _refuse_hopeless(search: Search, ended: Sequence[Trial]) -> None:
+    """Give up where nothing but failures comes."""
+    if len(ended) >= _MOST_FAILURES and all(trial.state == "failed" for trial in ended):
+        raise DataError(_all_failed(search, ended))
+
+
+def _all_failed(search: Search, ended: Sequence[Trial]) -> str:
+    folder = search.folder.relative_to(search.project.root)
+    return (
+        f"search of {search.model}: all {len(ended)} trials failed; the first: {ended[0].error}; "
+        f"mend that, or delete {folder} to try them again"
+    )
 
 
 def _next(
@@ -311,11 +331,14 @@ def _run_trial(
             )
             score, resamples = search.judge.score(found[search.judge.target.name])
         except Exception as error:  # anything that its library raises
-            if guard.is_stopping or isinstance(error, Stopped):
+            if isinstance(error, Stopped):
                 raise
             seconds = round(time.monotonic() - started, 3)
             message, code = explain(error)
             trial = Trial(number, point, "failed", seconds, error=message)
+            if guard.is_stopping:  # it took too much memory: the next call does not try it again
+                write_trial(folder, trial)
+                raise
             told.warn(message)
             told.close("failed", exit_code=code)
         else:
@@ -382,9 +405,7 @@ def _conclude(
 ) -> None:
     finished = {trial.number: trial for trial in ended if trial.state == "finished"}
     if not finished:
-        raise DataError(
-            f"search of {search.model}: all {len(ended)} trials failed; the first: {ended[0].error}"
-        )
+        raise DataError(_all_failed(search, ended))
     judge = search.judge
     standings = rank_trials(
         {number: _scored(judge.metric, trial) for number, trial in finished.items()},

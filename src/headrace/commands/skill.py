@@ -31,7 +31,7 @@ from headrace.commands.budget import Budget
 from headrace.commands.checkpoints import stage_entry
 from headrace.commands.execute import journaled
 from headrace.commands.lock import lock_folder, told_to
-from headrace.commands.refit import Hushed, Inputs, refit
+from headrace.commands.refit import Hushed, Inputs, refit, warn_of_stale
 from headrace.commands.settings import read_settings, stage_of
 from headrace.commands.stage import Guard, guarded
 from headrace.commands.supervise import die_with_parent
@@ -114,6 +114,7 @@ def skill(
         settings = read_settings(project)
         with guarded(project, f"skill of {model}", settings.resources) as guard:
             job, truth = open_job(project, model, seed=seed, resources=guard.resources)
+            warn_of_stale(project, ["reduce"], console)
             complete_last_run(project)
             with journaled(project, "skill") as journal:
                 told = journal.stage(f"skill@{model}")
@@ -159,7 +160,7 @@ def open_job(project: Project, model: str, *, seed: int, resources: Resources) -
         )
     stages = ["encode", stage, *(["train@nn"] if network else [])]
     modules = [module for name in stages for module in stage_modules(name)]
-    modules.append("headrace.data.resample")
+    modules += ["headrace.data.resample", "headrace.evaluation.skill"]
     entry = {
         **stage_entry(project, stage, section, [table]),
         "code": code_digests(*modules),
