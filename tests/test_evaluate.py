@@ -462,10 +462,92 @@ def test_bad_weights_are_refused(tmp_path):
         run(case, tmp_path)
 
 
-def test_a_budget_too_small_is_refused_with_the_figure(tmp_path):
-    """Before rows are read."""
-    with pytest.raises(ResourceError, match=r"stage evaluate needs about .*memory_budget"):
-        run(Case(), tmp_path, memory_budget=4096)
+def test_rows_beyond_the_budget_are_streamed_and_the_result_says_so(tmp_path):
+    """Sums are those of the rows in memory, rankings within the bound; intervals are near."""
+    case = Case(targets=ALL, has_weight=True)
+    case.labels["test"]["late"][:50] = np.nan
+    _, whole_out, whole_recorder = run(case, tmp_path / "whole", EvaluateParams())
+    streamed, out, recorder = run(
+        case, tmp_path / "streamed", EvaluateParams(), memory_budget=4096, threads=1
+    )
+    whole, found = (read_json(folder / "comparison.json") for folder in (whole_out, out))
+    assert (whole["resampling"], found["resampling"]) == ("multinomial", "poisson")
+    for key in ("split_digest", "unit", "num_units", "num_rows"):
+        assert found[key] == whole[key]
+    assert "The test rows were streamed" in recorder.notes[-1]
+    assert "streamed" not in "".join(whole_recorder.notes)
+    assert (streamed.unit, streamed.num_units, streamed.num_rows) == ("day", 30, 600)
+    for target, one in found["targets"].items():
+        exact = whole["targets"][target]
+        assert (one["num_rows"], one["num_units"]) == (exact["num_rows"], exact["num_units"])
+        for model, metrics in one["models"].items():
+            for name, value in metrics.items():
+                expected = exact["models"][model][name]
+                bound = one["error_bound"][model][name]
+                assert bound == 0  # fewer rows than bins
+                assert value["value"] == pytest.approx(expected["value"], abs=1e-8)
+                error = expected["standard_error"]
+                assert value["standard_error"] == pytest.approx(error, rel=0.2)
+                assert value["ci_low"] == pytest.approx(expected["ci_low"], abs=0.4 * error)
+                assert value["ci_high"] == pytest.approx(expected["ci_high"], abs=0.4 * error)
+                assert value["verdict"] == expected["verdict"]
+
+
+def test_a_stream_does_not_depend_on_threads_or_budget(tmp_path):
+    """Once poisson is asked for, every file is byte-equal."""
+    outs = []
+    for name, resources in {
+        "one": {"threads": 1, "memory_budget": 1},
+        "two": {"threads": 2, "memory_budget": 2 << 30},
+    }.items():
+        params = EvaluateParams(num_resamples=200, resampling="poisson")
+        _, out, _ = run(Case(), tmp_path / name, params, **resources)
+        outs.append({path.name: path.read_bytes() for path in out.iterdir() if path.is_file()})
+    assert outs[0] == outs[1]
+    assert json.loads(outs[0]["comparison.json"])["resampling"] == "poisson"
+
+
+@pytest.mark.parametrize(
+    "change", [{"resampling": "multinomial"}, {"interval": "bca"}, {"block": 2}]
+)
+def test_a_budget_too_small_for_what_a_stream_cannot_do_is_refused(tmp_path, change):
+    """Before rows are read, with the figure and the setting to leave out."""
+    name = next(iter(change))
+    message = rf"stage evaluate needs about .*memory_budget.* leave out `evaluate.{name}`"
+    with pytest.raises(ResourceError, match=message):
+        run(Case(), tmp_path, EvaluateParams(**change), memory_budget=4096)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda ids: ids[1:], r"model 'sharp', target 'late': 1 labelled test rows have no"),
+        (lambda ids: np.append(ids, ids[-1] + 1), r"1 predictions are of rows that the test split"),
+    ],
+)
+def test_a_stream_refuses_predictions_of_other_rows(tmp_path, change, message):
+    """A row lost or too many, as with rows in memory."""
+    case = Case(targets=(LATE,))
+    table, members = case.write(tmp_path)
+    stack(
+        table, members, tmp_path / "stack", StackParams(num_resamples=200),
+        resources=Resources(), recorder=MemoryRecorder(),
+    )  # fmt: skip
+
+    def spoiled(found):
+        test = found.of_split("test")
+        row_id = change(test.row_id)
+        places = np.minimum(np.arange(len(row_id)), len(test.row_id) - 1)
+        keep = test.where(places)
+        return replace(keep, row_id=row_id)
+
+    case.write_model(members["sharp"], "sharp", spoiled)
+    with pytest.raises(DataError, match=message):
+        evaluate(
+            table, members, tmp_path / "stack", tmp_path / "evaluate",
+            EvaluateParams(num_resamples=200, resampling="poisson"),
+            resources=Resources(), recorder=MemoryRecorder(),
+        )  # fmt: skip
 
 
 def test_strata_by_class_or_column_blocks_and_methods_are_stated(tmp_path):
@@ -512,6 +594,7 @@ def test_strata_by_class_need_a_target_of_classes(tmp_path):
         ({"confidence": 0.999}, "set num_resamples to 10000 or more"),
         ({"interval": "bca", "block": 2}, "interval bca and block 2 do not go together"),
         ({"stratify": "class", "block": 2}, "stratify class and block 2 do not go together"),
+        ({"interval": "bca", "resampling": "poisson"}, "interval bca and resampling poisson do"),
     ],
 )
 def test_settings_that_cannot_give_an_interval_are_refused(change, message):

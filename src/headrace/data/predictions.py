@@ -123,6 +123,30 @@ def read_predictions(folder: Path, target: Target) -> Predictions:
     return replace(found, values=values, folds_seen=tuple(codes))
 
 
+def stream_predictions(
+    folder: Path, target: Target, split: str
+) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]]:
+    """Yield row ids and values of one split, in the order of the ids; memory stays at a batch.
+
+    Raises:
+        IntegrityError: if the file is missing, or its row ids do not rise.
+    """
+    path = _existing(folder, target)
+    names = _value_columns(target)
+    last: int | None = None
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(_BATCH_ROWS, columns=[ROW_ID, "split", *names]):
+            is_wanted = _split_codes(batch["split"], path) == SPLITS.index(split)
+            row_id = batch[ROW_ID].to_numpy()[is_wanted]
+            if not len(row_id):
+                continue
+            if (np.diff(row_id) <= 0).any() or (last is not None and row_id[0] <= last):
+                raise IntegrityError(f"{path} is not sorted by row id; run its stage again")
+            last = int(row_id[-1])
+            values = np.column_stack([batch[name].to_numpy()[is_wanted] for name in names])
+            yield row_id, values if target.task == "multiclass" else values[:, 0]
+
+
 def bytes_held(folder: Path, target: Target) -> int:
     """Return how many bytes one target's predictions of a model folder hold when read.
 

@@ -5,7 +5,9 @@ a model without a prediction for a labelled row, or with one for a row that the 
 have, is refused: scores of different rows cannot be compared.
 """
 
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -15,7 +17,7 @@ import pyarrow.compute as pc
 
 from headrace.data.predictions import Predictions
 from headrace.data.table import Table
-from headrace.errors import ConfigError, DataError
+from headrace.errors import ConfigError, DataError, IntegrityError
 from headrace.schema import ROW_ID, Contract, encode_target
 from headrace.storage import digest_bytes
 
@@ -67,28 +69,53 @@ def read_truth(
     """
     contract = table.contract
     unit_name, unit_column = _choose_unit(contract, unit, key)
-    wanted = [target.name for target in contract.targets]
-    wanted += [name for name in (contract.weight, unit_column, strata) if name is not None]
-    rows = table.read(split, [ROW_ID, *dict.fromkeys(wanted)])
+    rows = table.read(split, _columns(contract, unit_column, strata))
     if rows.num_rows == 0:
         raise DataError(
             f"{table.folder} has no {split} rows, and this stage needs them; "
             f"change `extract.split` in params.yaml so that {split} gets a share"
         )
-    labels = {target.name: encode_target(rows[target.name], target) for target in contract.targets}
-    infinite = [name for name, values in labels.items() if np.isinf(values).any()]
-    if infinite:
-        raise DataError(f"{table.folder}: targets {infinite} have infinite labels in {split} rows")
-    return Truth(
-        split=split,
-        row_id=rows[ROW_ID].to_numpy(),
-        labels=labels,
-        weight=_weights(rows, contract, split),
-        unit=unit_name,
+    truth = _truth(rows, table, split, unit_name, unit_column)
+    if truth.weight is not None:
+        refuse_no_weight(contract, split, is_any=bool(truth.weight.any()))
+    return replace(
+        truth,
         unit_of_row=_unit_codes(rows, unit_column, unit_name),
-        is_unit_of_time=unit_column in contract.named("time"),
         stratum=None if strata is None else _codes(rows[strata]),
     )
+
+
+def stream_truth(table: Table, split: str, *, unit: UnitChoice, key: str) -> Iterator[Truth]:
+    """Yield what ``read_truth`` reads, a batch at a time in the order of row ids.
+
+    ``unit_of_row`` holds keys in place of codes: the row id, or a hash of the unit's value, so
+    that a unit has one key in every batch.
+
+    Raises:
+        ConfigError, DataError: as ``read_truth``, for the rows of a batch.
+        IntegrityError: if the row ids do not rise.
+    """
+    contract = table.contract
+    unit_name, unit_column = _choose_unit(contract, unit, key)
+    last: int | None = None
+    for batch in table.batches(split, _columns(contract, unit_column)):
+        rows = pa.Table.from_batches([batch])
+        truth = replace(
+            _truth(rows, table, split, unit_name, unit_column),
+            unit_of_row=_unit_keys(rows, unit_column, unit_name),
+        )
+        if (np.diff(truth.row_id) <= 0).any() or (last is not None and truth.row_id[0] <= last):
+            raise IntegrityError(
+                f"{table.folder}: the {split} rows are not sorted by row id; run `headrace repro`"
+            )
+        last = int(truth.row_id[-1])
+        yield truth
+
+
+def refuse_no_weight(contract: Contract, split: str, *, is_any: bool) -> None:
+    """Raise ``DataError`` unless some row of ``split`` has a weight above 0."""
+    if not is_any:
+        raise DataError(f"the weight column {contract.weight!r} is 0 in all {split} rows")
 
 
 def line_up(
@@ -103,18 +130,25 @@ def line_up(
             does not have: with the count and the first row ids.
     """
     who = f"model {predictions.model!r}, target {predictions.target!r}"
-    unknown = predictions.row_id[~np.isin(predictions.row_id, truth.row_id)]
+    return places_of(predictions.row_id, truth, is_needed, who=who)
+
+
+def places_of(
+    row_id: npt.NDArray[np.int64], truth: Truth, is_needed: npt.NDArray[np.bool_], *, who: str
+) -> npt.NDArray[np.int64]:
+    """Return where the rows of ``truth`` that are needed stand in ``row_id``; as ``line_up``."""
+    unknown = row_id[~np.isin(row_id, truth.row_id)]
     if len(unknown):
         raise DataError(
             f"{who}: {len(unknown)} predictions are of rows that the {truth.split} split does not "
             f"have; first row ids: {_first(unknown)}; run `headrace repro` to predict again"
         )
     needed = truth.row_id[is_needed]
-    order = np.argsort(predictions.row_id, kind="stable")
-    places = np.searchsorted(predictions.row_id, needed, sorter=order)
+    order = np.argsort(row_id, kind="stable")
+    places = np.searchsorted(row_id, needed, sorter=order)
     found = np.zeros(len(needed), dtype=bool)
     is_inside = places < len(order)
-    found[is_inside] = predictions.row_id[order[places[is_inside]]] == needed[is_inside]
+    found[is_inside] = row_id[order[places[is_inside]]] == needed[is_inside]
     if not found.all():
         lost = needed[~found]
         raise DataError(
@@ -123,6 +157,33 @@ def line_up(
         )
     positions: npt.NDArray[np.int64] = order[places]
     return positions
+
+
+def _columns(contract: Contract, *more: str | None) -> list[str]:
+    wanted = [target.name for target in contract.targets]
+    wanted += [name for name in (contract.weight, *more) if name is not None]
+    return [ROW_ID, *dict.fromkeys(wanted)]
+
+
+def _truth(
+    rows: pa.Table, table: Table, split: str, unit_name: str, unit_column: str | None
+) -> Truth:
+    """Return labels and weights of ``rows``; each row is a unit yet."""
+    contract = table.contract
+    labels = {target.name: encode_target(rows[target.name], target) for target in contract.targets}
+    infinite = [name for name, values in labels.items() if np.isinf(values).any()]
+    if infinite:
+        raise DataError(f"{table.folder}: targets {infinite} have infinite labels in {split} rows")
+    return Truth(
+        split=split,
+        row_id=rows[ROW_ID].to_numpy(),
+        labels=labels,
+        weight=_weights(rows, contract, split),
+        unit=unit_name,
+        unit_of_row=np.arange(rows.num_rows),
+        is_unit_of_time=unit_column in contract.named("time"),
+        stratum=None,
+    )
 
 
 def _choose_unit(contract: Contract, unit: UnitChoice, key: str) -> tuple[str, str | None]:
@@ -179,6 +240,29 @@ def _unit_codes(rows: pa.Table, column: str | None, unit: str) -> npt.NDArray[np
     return _codes(pc.floor_temporal(values, unit=unit) if unit in _TIME_UNITS else values)
 
 
+def _unit_keys(rows: pa.Table, column: str | None, unit: str) -> npt.NDArray[np.int64]:
+    if column is None:
+        row_id: npt.NDArray[np.int64] = rows[ROW_ID].to_numpy()
+        return row_id
+    values = rows[column]
+    if unit in _TIME_UNITS:
+        values = pc.floor_temporal(values, unit=unit)
+    encoded = values.combine_chunks()
+    if not pa.types.is_dictionary(encoded.type):
+        encoded = pc.dictionary_encode(encoded, null_encoding="encode")
+    names = encoded.dictionary.cast(pa.string()).to_pylist()
+    # A null is a unit too; no name is its own, as names begin with a sign.
+    keys = [_text_key("" if name is None else f"={name}") for name in names] + [_text_key("")]
+    codes = encoded.indices.fill_null(len(names)).to_numpy(zero_copy_only=False)
+    unit_key: npt.NDArray[np.int64] = np.array(keys, np.int64)[codes]
+    return unit_key
+
+
+def _text_key(text: str) -> int:
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
 def _codes(values: pa.ChunkedArray) -> npt.NDArray[np.int64]:
     if pa.types.is_dictionary(values.type):
         values = values.cast(values.type.value_type)
@@ -204,8 +288,6 @@ def _weights(rows: pa.Table, contract: Contract, split: str) -> Floats | None:
             f"the weight column {name!r} is missing, negative or infinite in {len(row_ids)} "
             f"{split} rows; first row ids: {_first(row_ids)}; mend or drop these rows in the recipe"
         )
-    if not weight.any():
-        raise DataError(f"the weight column {name!r} is 0 in all {split} rows")
     return weight
 
 

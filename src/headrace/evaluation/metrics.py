@@ -153,9 +153,10 @@ def prepare(
     ``only`` leaves out the rankings that this one metric does not need.
     """
     # Centred: R² from raw sums of squares would cancel when the mean is far from 0.
-    center = float(np.average(sample.truth, weights=sample.weight))
+    is_number = sample.task == "regression"
+    center = float(np.average(sample.truth, weights=sample.weight)) if is_number else 0.0
     columns_KN = row_terms(sample, threshold=threshold, center=center)
-    if sample.task == "regression":
+    if is_number:
         return Terms("regression", columns_KN, ())
     if sample.task == "binary":
         is_ranked = only in (None, "roc_auc", "average_precision")

@@ -116,8 +116,10 @@ def one_count(
     columns_KN: Floats, cells_RN: npt.NDArray[np.int64], weight: Floats, num_bins: int
 ) -> tuple[Floats, Floats]:
     """Return sums (K,) and histograms (R, C) of rows that each count once."""
-    cells_RC = [np.bincount(cells, weights=weight, minlength=2 * num_bins) for cells in cells_RN]
-    return columns_KN.sum(axis=1), np.array(cells_RC).reshape(len(cells_RN), 2 * num_bins)
+    cells_RC = np.zeros((len(cells_RN), 2 * num_bins))
+    for number, cells in enumerate(cells_RN):
+        cells_RC[number] = np.bincount(cells, weights=weight, minlength=2 * num_bins)
+    return columns_KN.sum(axis=1), cells_RC
 
 
 def ranks_of(cells_RC: Floats, is_tied_RT: npt.NDArray[np.bool_]) -> Floats:

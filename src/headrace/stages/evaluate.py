@@ -9,14 +9,16 @@ import csv
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import Field, model_validator
 
+from headrace.data.alignment import Counted, measure, stream_aligned
 from headrace.data.lookup import rows_by_id
 from headrace.data.predictions import bytes_held, read_predictions
 from headrace.data.table import Table, open_table
@@ -37,9 +39,10 @@ from headrace.evaluation.canvas import Figure
 from headrace.evaluation.comparison import Comparison, comparison_json, judge, metrics_json
 from headrace.evaluation.figures import Points, draw
 from headrace.evaluation.interpretation import Interpretation, read_interpretation
-from headrace.evaluation.metrics import Sample
+from headrace.evaluation.metrics import MetricName, Sample
 from headrace.evaluation.report import ReportInputs, TargetSection, interval_text, render_report
 from headrace.evaluation.selection import STACK
+from headrace.evaluation.streaming import Part, stream_bootstrap
 from headrace.evaluation.worst import SHOWN_COLUMNS, WorstRows, worst_json, worst_rows
 from headrace.memory import format_bytes
 from headrace.params import Resources, Section
@@ -55,7 +58,17 @@ from headrace.storage import (
 )
 
 _SELECTION = "selection.json"
-_STATED = ("num_resamples", "confidence", "interval", "stratify", "block", "threshold")
+_STATED = (
+    "num_resamples",
+    "confidence",
+    "interval",
+    "stratify",
+    "block",
+    "resampling",
+    "threshold",
+)
+_UNIT_KEY = "evaluate.unit"
+_NO_ROWS = np.empty(0, np.int64)
 
 
 class EvaluateParams(Section):
@@ -69,6 +82,9 @@ class EvaluateParams(Section):
     # none; class: resamples keep the number of units of each class; or a column: of each value
     stratify: str = "none"
     block: Annotated[int, Field(ge=1)] = 1  # units of time that follow each other, drawn together
+    # multinomial: as many units as there are, all rows in memory. poisson: about as many, rows
+    # stream. auto: poisson if the test rows do not fit `resources.memory_budget`.
+    resampling: Literal["auto", "multinomial", "poisson"] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
     @model_validator(mode="after")
@@ -82,6 +98,7 @@ class EvaluateParams(Section):
             "interval bca": self.interval == "bca",
             f"stratify {self.stratify}": self.stratify != "none",
             f"block {self.block}": self.block > 1,
+            "resampling poisson": self.resampling == "poisson",
         }
         together = [name for name, is_asked in asked.items() if is_asked]
         if len(together) > 1:
@@ -143,13 +160,15 @@ def evaluate(
 
     Writes metrics.json, comparison.json, errors.json, report.html, figures and plot files.
     ``profile`` is the data profile that ``extract`` wrote, ``interpretation`` the folder of
-    ``interpret``; the report shows them.
+    ``interpret``; the report shows them. Test rows that do not fit the memory budget are streamed;
+    then there are no figures and no worst rows.
 
     Raises:
         ConfigError: strata or blocks that the test rows do not have.
         DataError: no test rows, a target without a test label, rows without a prediction.
         IntegrityError: damaged inputs, or a selection made from other models or targets.
-        ResourceError: test rows that do not fit the memory budget, with the figure needed.
+        ResourceError: test rows that do not fit the memory budget, where ``params`` ask for what a
+            stream does not give; with the figure needed.
     """
     source = open_table(table)
     folders = {**members, STACK: stack}
@@ -158,13 +177,10 @@ def evaluate(
     selection = _read_selection(stack, source.contract, members)
     described = read_json(verify_file(profile.parent, profile.name)) if profile else None
     interpreted = read_interpretation(interpretation) if interpretation else None
-    strata = _strata_column(source.contract, params)
-    _require_memory(source, folders, params, resources)
-    truth = read_truth(source, "test", unit=params.unit, key="evaluate.unit", strata=strata)
-    recorder.dataset(
-        "test", path=table, digest=truth.digest, num_rows=len(truth.row_id), context="test"
-    )
-    units = _units(truth, params)
+    is_streamed = _is_streamed(source, folders, params, resources)
+    test = _measure(source, params) if is_streamed else _read(source, params)
+    recorder.dataset("test", path=table, digest=test.digest, num_rows=test.num_rows, context="test")
+    units = test.units
     if units.num_independent < FEW_UNITS:
         recorder.warn(
             f"the test rows have only {units}; intervals from fewer than "
@@ -178,31 +194,65 @@ def evaluate(
         for target in source.contract.targets:
             stem = file_stem(target.name)
             recorder.progress(len(judged), len(source.contract.targets), unit="targets")
-            one = _judge_target(
-                target, folders, truth, units, resampling, params, selection[target.name]
-            )
+            chosen = selection[target.name]
+            if test.truth is None:
+                one = _judge_stream(
+                    target, folders, source, test, resampling, params, chosen, resources
+                )
+            else:
+                one = _judge_target(target, folders, test.truth, units, resampling, params, chosen)
             judged.append(replace(one, figures=_named(stem, one.figures)))
             _write_plot_files(folder / "plots", stem, one.points)
-        _write(folder, judged, selection, source, truth, units, params, described)
+        _write(folder, judged, selection, source, test, params, described)
         _write_errors(folder, judged, source, interpreted)
     _record(judged, out, recorder)
+    if is_streamed:
+        recorder.note(_streamed_note(judged))
     return Evaluated(
         rows=tuple(row for one in judged for row in _rows(one.comparison)),
         unit=units.name,
         num_units=units.count,
-        num_rows=len(truth.row_id),
+        num_rows=test.num_rows,
         report=out / "report.html",
     )
 
 
 @dataclass(frozen=True)
-class _Judgement:
-    """All that is known of one target; ``points`` are the lines of its plot files."""
+class _TestRows:
+    """What is known of the test rows: ``truth`` if they are in memory, else ``labelled`` counts."""
 
-    worst: WorstRows  # of the chosen model
+    digest: str
+    num_rows: int
+    units: Units
+    truth: Truth | None
+    labelled: Mapping[str, Counted]
+
+
+@dataclass(frozen=True)
+class _Judgement:
+    """All that is known of one target; ``points`` are the lines of its plot files.
+
+    Of a stream there are no worst rows, figures and points, but bounds of the error that its score
+    bins make, per model and metric.
+    """
+
+    worst: WorstRows | None  # of the chosen model
     comparison: Comparison
     figures: tuple[Figure, ...]
     points: Points
+    error_bound: Mapping[str, Mapping[MetricName, float]] = field(default_factory=dict)
+
+
+def _read(source: Table, params: EvaluateParams) -> _TestRows:
+    strata = _strata_column(source.contract, params)
+    truth = read_truth(source, "test", unit=params.unit, key=_UNIT_KEY, strata=strata)
+    return _TestRows(truth.digest, len(truth.row_id), _units(truth, params), truth, {})
+
+
+def _measure(source: Table, params: EvaluateParams) -> _TestRows:
+    size = measure(source, "test", unit=params.unit, key=_UNIT_KEY)
+    units = Units(size.unit, _NO_ROWS, size.rows.num_units)
+    return _TestRows(size.digest, size.rows.num_rows, units, None, size.labelled)
 
 
 def _judge_target(
@@ -216,11 +266,7 @@ def _judge_target(
 ) -> _Judgement:
     labels = truth.labels[target.name]
     is_labelled = ~np.isnan(labels)
-    if not is_labelled.any():
-        raise DataError(
-            f"target {target.name!r} has no label in any of the {len(labels)} test rows; "
-            f"change `extract.split` in params.yaml, or leave the target out"
-        )
+    _require_labels(target, int(is_labelled.sum()), len(labels))
     labelled_units = units.of(is_labelled)
     if params.stratify == "class" and target.task != "regression":
         labelled_units = _stratified(labelled_units, labels[is_labelled].astype(np.int64), params)
@@ -252,20 +298,73 @@ def _judge_target(
     return _Judgement(worst, comparison, tuple(figures), points)
 
 
+def _judge_stream(
+    target: Target,
+    folders: Mapping[str, Path],
+    source: Table,
+    test: _TestRows,
+    resampling: Resampling,
+    params: EvaluateParams,
+    selection: Mapping[str, Any],
+    resources: Resources,
+) -> _Judgement:
+    """Judge by Poisson resamples of rows that are read a batch at a time, once for each model."""
+    labelled = test.labelled[target.name]
+    _require_labels(target, labelled.num_rows, test.num_rows)
+    units = replace(test.units, count=labelled.num_units)
+
+    def read(folder: Path) -> Iterator[Part]:
+        for rows in stream_aligned(source, folder, target, "test", unit=params.unit, key=_UNIT_KEY):
+            yield Part(Sample(target.task, rows.label, rows.values, rows.weight), rows.unit_key)
+
+    streamed = {
+        model: stream_bootstrap(
+            partial(read, folder),
+            target.task,
+            resampling,
+            threshold=params.threshold,
+            budget_bytes=resources.memory_budget // 2,  # the other half is for the batches
+        )
+        for model, folder in folders.items()
+    }
+    scored = {model: found.scored for model, found in streamed.items()}
+    comparison = Comparison(
+        target=target.name,
+        task=target.task,
+        primary=selection["metric"],
+        chosen=selection["chosen"],
+        unit=units.name,
+        num_units=units.count,
+        num_rows=labelled.num_rows,
+        num_unlabelled=test.num_rows - labelled.num_rows,
+        judged=judge(scored, selection["chosen"], target.task, units, resampling),
+    )
+    bounds = {model: found.error_bound for model, found in streamed.items()}
+    return _Judgement(None, comparison, (), {}, bounds)
+
+
+def _require_labels(target: Target, num_labelled: int, num_rows: int) -> None:
+    if not num_labelled:
+        raise DataError(
+            f"target {target.name!r} has no label in any of the {num_rows} test rows; "
+            f"change `extract.split` in params.yaml, or leave the target out"
+        )
+
+
 def _write(
     folder: Path,
     judged: Sequence[_Judgement],
     selection: Mapping[str, Mapping[str, Any]],
     source: Table,
-    truth: Truth,
-    units: Units,
+    test: _TestRows,
     params: EvaluateParams,
     described: Any,
 ) -> None:
     comparisons = [one.comparison for one in judged]
-    settings = params.model_dump(mode="json")
+    resampled = "poisson" if test.truth is None else "multinomial"
+    settings = params.model_dump(mode="json") | {"resampling": resampled}
     digests = {
-        "digest of the test rows' ids": truth.digest,
+        "digest of the test rows' ids": test.digest,
         "digest of the table": source.digest,
         "digest of the data contract": source.contract.digest,
     }
@@ -274,12 +373,15 @@ def _write(
         folder / "comparison.json",
         {
             "format": 1,
-            "split_digest": truth.digest,
-            "unit": units.name,
-            "num_units": units.count,
-            "num_rows": len(truth.row_id),
+            "split_digest": test.digest,
+            "unit": test.units.name,
+            "num_units": test.units.count,
+            "num_rows": test.num_rows,
             **{name: settings[name] for name in _STATED},
-            "targets": {one.target: comparison_json(one) for one in comparisons},
+            "targets": {
+                one.comparison.target: comparison_json(one.comparison) | _bounds_json(one)
+                for one in judged
+            },
         },
     )
     for figure in (figure for one in judged for figure in one.figures):
@@ -306,6 +408,8 @@ def _write_errors(
     contract = source.contract
     targets = {}
     for one in judged:
+        if one.worst is None:
+            continue
         name = one.comparison.target
         most = interpreted.most(name, SHOWN_COLUMNS) if interpreted else contract.features
         columns = list(dict.fromkeys((*contract.named("key"), *most[:SHOWN_COLUMNS])))
@@ -316,6 +420,28 @@ def _write_errors(
         target = contract.target(name)
         targets[name] = worst_json(one.worst, target, one.comparison.chosen, values)
     write_json(folder / "errors.json", {"format": 1, "split": "test", "targets": targets})
+
+
+def _bounds_json(one: _Judgement) -> dict[str, Any]:
+    """Return the entry ``error_bound`` of a target whose rows were streamed."""
+    if not one.error_bound:
+        return {}
+    return {
+        "error_bound": {
+            model: {name: rounded(value) for name, value in bounds.items()}
+            for model, bounds in one.error_bound.items()
+        }
+    }
+
+
+def _streamed_note(judged: Sequence[_Judgement]) -> str:
+    bounds = [bound for one in judged for of in one.error_bound.values() for bound in of.values()]
+    return (
+        f"The test rows were streamed: intervals are from Poisson resamples, rankings from bins of "
+        f"scores (a value is within {max(bounds):.2g} of the exact one). There are no figures and "
+        f"worst rows; for those raise `resources.memory_budget` so that the rows fit, or set "
+        f"`evaluate.resampling` to multinomial."
+    )
 
 
 def _cell(value: Any) -> float | str | None:
@@ -452,12 +578,41 @@ def _stratified(units: Units, stratum: npt.NDArray[np.int64], params: EvaluatePa
         ) from error
 
 
-def _require_memory(
+def _is_streamed(
     source: Table, folders: Mapping[str, Path], params: EvaluateParams, resources: Resources
-) -> None:
+) -> bool:
+    """Whether test rows are read a batch at a time.
+
+    Raises:
+        ResourceError: if they do not fit the memory budget, and the params ask for what a stream
+            does not give.
+    """
+    if params.resampling == "poisson":
+        return True
+    needed = _bytes_needed(source, folders, params)
+    if needed <= resources.memory_budget:
+        return False
+    asked = {
+        "resampling": params.resampling == "multinomial",
+        "interval": params.interval == "bca",
+        "stratify": params.stratify != "none",
+        "block": params.block > 1,
+    }
+    names = [f"`evaluate.{name}`" for name, is_asked in asked.items() if is_asked]
+    if names:
+        raise ResourceError(
+            f"stage evaluate needs about {format_bytes(needed)} for {source.num_rows('test')} test "
+            f"rows and {len(folders)} models, and may use {format_bytes(resources.memory_budget)}; "
+            f"raise `resources.memory_budget`, give test a smaller share in `extract.split`, or "
+            f"leave out {', '.join(names)}, so that the rows can be streamed"
+        )
+    return True
+
+
+def _bytes_needed(source: Table, folders: Mapping[str, Path], params: EvaluateParams) -> int:
     num_rows, num_models = source.num_rows("test"), len(folders)
     needed = num_rows * 8 * (3 + len(source.contract.targets))  # ids, units, weight and labels
-    needed += max(
+    return needed + max(
         # One model's file at a time, its test rows beside it; then one bootstrap.
         max(
             2 * max(bytes_held(folder, target) for folder in folders.values()),
@@ -466,12 +621,6 @@ def _require_memory(
         + 8 * num_rows * (target.num_outputs * num_models + 2)
         for target in source.contract.targets
     )
-    if needed > resources.memory_budget:
-        raise ResourceError(
-            f"stage evaluate needs about {format_bytes(needed)} for {num_rows} test rows and "
-            f"{num_models} models, and may use {format_bytes(resources.memory_budget)}; raise "
-            f"`resources.memory_budget` or give test a smaller share in `extract.split`"
-        )
 
 
 def _named(stem: str, figures: Sequence[Figure]) -> tuple[Figure, ...]:
