@@ -157,7 +157,7 @@ def test_columns_alike_are_grouped_and_told(tmp_path):
     roles |= {"miles": "numeric", "metres": "numeric", "delay": "target", "late": "target"}
     write_table(tmp_path / "reduce", splits, roles=roles, targets=(DELAY, LATE))
     encode_only(tmp_path)
-    case = trained(tmp_path, ("catboost",))
+    case = trained(tmp_path, ("catboost",), catboost={"learning_rate": 0.2})
     recorder = MemoryRecorder()
     run(case, tmp_path / "out", PARAMS.model_copy(update={"rows": 300}), recorder)
     found = read_json(tmp_path / "out" / "importances.json")
