@@ -1,15 +1,15 @@
 """Curves, figures and the page's numbers: what a reader sees is what was computed."""
 
-import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from headrace.evaluation import curves, plots
+from headrace.evaluation import charts, curves
 from headrace.evaluation.bootstrap import Interval, Units
-from headrace.evaluation.metrics import Sample
-from headrace.evaluation.report import ReportInputs, interval_text, render_report
+from headrace.evaluation.page import Chart, Section, Table
+from headrace.evaluation.report import ReportInputs, identified, interval_text, render_report
 
 SETTINGS = {"confidence": 0.95, "num_resamples": 200, "threshold": 0.5}
 
@@ -86,7 +86,7 @@ def test_histograms_clip_nothing(values):
     """All rows lie between the edges, however far the farthest is."""
     edges = curves.bin_edges(values)
     found = curves.histogram(values, edges, None)
-    assert len(edges) <= 81
+    assert len(edges) <= 801
     assert found.share.sum() == pytest.approx(1)
     assert edges[0] <= values.min()
     assert edges[-1] >= values.max()
@@ -104,13 +104,10 @@ def test_a_density_integrates_to_1_and_a_constant_has_none():
 
 def test_confusion_shares_are_weighted():
     """True class by row, predicted class by column."""
-    sample = Sample(
-        "multiclass",
-        np.array([0.0, 1, 1]),
-        np.array([[0.9, 0.1, 0], [0.8, 0.2, 0], [0, 0.4, 0.6]]),
-        np.array([2.0, 1, 1]),
+    found = curves.confusion(
+        np.array([0.0, 1, 1]), np.array([0, 0, 2]), np.array([2.0, 1, 1]), num_classes=3
     )
-    assert curves.confusion(sample).tolist() == [[0.5, 0, 0], [0.25, 0, 0.25], [0, 0, 0]]
+    assert found.tolist() == [[0.5, 0, 0], [0.25, 0, 0.25], [0, 0, 0]]
 
 
 @pytest.mark.parametrize(
@@ -130,25 +127,86 @@ def test_numbers_are_rounded_by_their_interval(found, text):
     assert interval_text(found) == text
 
 
-def test_a_wide_range_gets_a_log_axis_with_plain_labels():
-    """Formulas are not parsed, so none may be written."""
-    share = np.array([0.9, 0.0999, 0.0001])
-    figure = plots.residuals("y", {"m": curves.Histogram(np.arange(4.0), share)})
-    assert "0.001" in figure.svg
-    assert "mathdefault" not in figure.svg
+def test_a_wide_range_gets_a_log_axis():
+    """Three decades of shares, or of positive values in cells."""
+    edges = np.linspace(0, 8, 9)
+    steep = curves.Histogram(edges, np.array([0.9, 0, 0, 0, 0.0999, 0, 0, 0.0001]))
+    flat = curves.Histogram(edges, np.full(8, 1 / 8))
+    assert charts.residuals({"m": steep}, unit="s").layout["yaxis"]["type"] == "log"
+    assert "type" not in charts.residuals({"m": flat}, unit="s").layout["yaxis"]
+
+    wide, narrow = np.geomspace(1, 2000, 50), np.linspace(1, 900, 50)
+    shown = charts.cells(
+        {"m": curves.grid(wide, narrow, None)},
+        name="c",
+        title="t",
+        y="truth",
+        unit="s",
+        is_diagonal=True,
+    )
+    assert shown.layout["xaxis"]["type"] == "log"
+    assert "type" not in shown.layout["yaxis"]
 
 
-def test_figures_are_the_same_bytes_each_time_and_keep_ids_apart():
-    """No date, no random id; in a page each figure has ids of its own."""
-    score, is_positive, _ = scores(300)
-    lines = {"m": curves.roc(score, is_positive, None)}
-    one, two = (plots.class_curves("y", "m", lines) for _ in range(2))
-    assert one == two
-    inline = one.inline_text()
-    ids = re.findall(r'\bid="([^"]+)"', inline)
-    assert ids
-    assert all(name.startswith("curves-") for name in ids)
-    assert "currentColor" in inline
+def test_coarse_bins_are_the_rules_own():
+    """Four fine bins to one, all rows kept."""
+    values = np.random.default_rng(0).normal(size=1000)
+    found = curves.histogram(values, curves.bin_edges(values), None)
+    bins = curves.coarse(found)
+    quartiles = np.quantile(values, [0.25, 0.75])
+    width = 2 * np.diff(quartiles)[0] / 10
+    assert len(bins.share) == np.ceil(np.ptp(values) / width)
+    assert bins.share.sum() == pytest.approx(1)
+    assert (bins.edges[0], bins.edges[-1]) == (values.min(), values.max())
+
+
+TABLE = Table("t <1>", ("what", "how many"), (("x<y", 12345), ("b", None)), "a note")
+CHART = Chart("c", "title", "said </script>", ({"x": [1.23456789, float("nan")]},), {})
+
+
+def test_sections_are_shown_with_their_tables_and_charts():
+    """Escaped, with values to sort by; what is not there sorts last and reads as a dash."""
+    section = Section("extra", "Extra", ("a paragraph",), (TABLE,), (CHART,))
+    page = render_report(ReportInputs([], SETTINGS, {}, None, (section,)))
+    for said in (
+        '<h2 id="run-extra">Extra</h2>',
+        "<p>a paragraph</p>",
+        "t &lt;1&gt;",
+        '<td data-value="12345">12,345</td>',
+        '<td data-value="">–</td>',
+        'data-value="x&lt;y">x&lt;y</th>',
+        'id="run-extra-c"',
+        "said &lt;/script&gt;",
+        '"x":[1.23457,null]',
+    ):
+        assert said in page, said
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ((Section("a", "A"), Section("a", "B")), "several sections called run-a"),
+        ((Section("a", "A", charts=(CHART, CHART)),), "several charts called run-a-c"),
+        (
+            (Section("a", "A", charts=(replace(CHART, layout={"x": np.arange(2)}),)),),
+            "what JSON does not",
+        ),
+    ],
+)
+def test_sections_that_cannot_be_shown_are_refused(sections, message):
+    """By name, before anything is written."""
+    with pytest.raises(ValueError, match=message):
+        render_report(ReportInputs([], SETTINGS, {}, None, sections))
+
+
+def test_a_copy_says_what_only_a_finished_run_knows():
+    """Once, escaped; the page itself does not."""
+    page = render_report(ReportInputs([], SETTINGS, {}, None))
+    copy = identified(page, {"lineage id": "ab<c"})
+    assert "<dt>lineage id</dt><dd>ab&lt;c</dd>" in copy
+    assert "lineage id" not in page
+    with pytest.raises(ValueError, match="no free place"):
+        identified(copy, {"lineage id": "again"})
 
 
 @pytest.mark.parametrize(

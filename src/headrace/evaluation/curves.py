@@ -5,7 +5,7 @@ stay small however many rows there are.
 """
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,9 @@ from headrace.evaluation.metrics import Sample
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 _CURVE_POINTS = 200
-_MAX_BINS = 80
+_MAX_BINS = 200
+FINER = 4  # bins that histograms hold per bin of the rule, so that a reader may look closer
+_DECADES = 3  # an axis that spans more is logarithmic
 
 
 @dataclass(frozen=True)
@@ -124,15 +126,25 @@ def confidence_of(sample: Sample) -> tuple[Floats, Floats]:
     return sample.prediction.max(axis=1), is_right.astype(np.float64)
 
 
+def spans_decades(values: Floats) -> bool:
+    """Tell whether ``values`` are positive and span so much that small ones would not be seen."""
+    if not len(values) or values.min() <= 0:
+        return False
+    return bool(values.max() > 10**_DECADES * values.min())
+
+
 def bin_edges(values: Floats) -> Floats:
-    """Return equal bins over all of ``values``: Freedman and Diaconis' width, at most 80 bins."""
+    """Return equal bins over all of ``values``, ``FINER`` per bin of Freedman and Diaconis' width.
+
+    The rule's own bins are at most 200, however far the farthest value lies.
+    """
     low, high = float(values.min()), float(values.max())
     if low == high:
         return np.array([low - 0.5, high + 0.5])
     quartiles = np.quantile(values, [0.25, 0.75])
     width = 2 * float(quartiles[1] - quartiles[0]) / len(values) ** (1 / 3)
     num_bins = int(np.clip(np.ceil((high - low) / width), 1, _MAX_BINS)) if width else _MAX_BINS
-    return np.linspace(low, high, num_bins + 1)
+    return np.linspace(low, high, FINER * num_bins + 1)
 
 
 def histogram(values: Floats, edges: Floats, weight: Floats | None) -> Histogram:
@@ -141,21 +153,28 @@ def histogram(values: Floats, edges: Floats, weight: Floats | None) -> Histogram
     return Histogram(edges, counts / counts.sum())
 
 
+def coarse(found: Histogram) -> Histogram:
+    """Return the histogram in the rule's own bins."""
+    edges = np.append(found.edges[:-1:FINER], found.edges[-1])
+    return Histogram(edges, np.add.reduceat(found.share, np.arange(0, len(found.share), FINER)))
+
+
 def grid(x: Floats, y: Floats, weight: Floats | None, *, num_bins: int = 40) -> Grid:
-    """Return the share of rows in equal cells over all of ``x`` and all of ``y``."""
-    edges = [
-        np.linspace(v.min(), v.max() if v.max() > v.min() else v.min() + 1, num_bins + 1)
-        for v in (x, y)
-    ]
+    """Return the share of rows in cells over all of ``x`` and all of ``y``.
+
+    Cells are equally wide, by their ratio where a logarithmic axis will show them.
+    """
+    edges = [_cell_edges(values, num_bins) for values in (x, y)]
     counts, _, _ = np.histogram2d(y, x, (edges[1], edges[0]), weights=weight)
     return Grid(edges[0], edges[1], counts / counts.sum())
 
 
-def confusion(sample: Sample) -> Floats:
+def confusion(
+    truth: Floats, predicted: npt.NDArray[Any], weight: Floats | None, *, num_classes: int
+) -> Floats:
     """Return the share of rows per true class (row) and predicted class (column), (C, C)."""
-    num_classes = sample.prediction.shape[1]
-    cell = sample.truth.astype(np.int64) * num_classes + sample.prediction.argmax(axis=1)
-    counts = np.bincount(cell, weights=sample.weight, minlength=num_classes**2)
+    cell = truth.astype(np.int64) * num_classes + predicted.astype(np.int64)
+    counts = np.bincount(cell, weights=weight, minlength=num_classes**2)
     shares: Floats = counts.reshape(num_classes, num_classes) / counts.sum()
     return shares
 
@@ -171,6 +190,15 @@ def density(values: Floats) -> Curve:
     x = np.linspace(defined.min() - 3 * width, defined.max() + 3 * width, _CURVE_POINTS)
     y = np.exp(-0.5 * ((x[:, None] - defined) / width) ** 2).mean(axis=1)
     return Curve(x, y / (width * np.sqrt(2 * np.pi)))
+
+
+def _cell_edges(values: Floats, num_bins: int) -> Floats:
+    low, high = float(values.min()), float(values.max())
+    if spans_decades(values):
+        edges = np.geomspace(low, high, num_bins + 1)
+        edges[0], edges[-1] = low, high  # to the bit, so that no row falls outside
+        return edges
+    return np.linspace(low, high if high > low else low + 1, num_bins + 1)
 
 
 def _taken(

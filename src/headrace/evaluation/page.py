@@ -39,8 +39,16 @@ class Chart:
     """A chart as Plotly's JSON; axis titles, with units, stand in ``layout``.
 
     ``name`` is unlike any other in its section and becomes part of an id; ``alternative`` says in
-    words what the picture shows. Colours, fonts and margins are the page's, light or dark: a
-    trace names a colour only where the colour means something.
+    words what the picture shows. Margins, fonts, grid and height (``layout.height`` if it is
+    given) are the page's. Tags work in ``hovertemplate`` and ``texttemplate``; other texts are
+    plain. Beside Plotly's own keys a trace may have:
+    - ``tone``: its colour, light or dark, instead of colours of its own. A number is the colour of
+      that model, class or column; a verdict (chosen, tied, better, worse, unknown), ``ink`` or
+      ``soft`` is what it says. Without it colours follow the order of the traces.
+    - ``choice``: a name by which the reader picks it; of several names one is drawn at a time, the
+      first at first. ``layout.choices`` maps a name to what it changes in the layout.
+    - ``bins``: {"edges": [...], "share": [...]} in place of x and y: a histogram whose bins the
+      reader may make wider or narrower; see ``curves.bin_edges``.
     """
 
     name: str

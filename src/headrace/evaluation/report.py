@@ -1,12 +1,17 @@
 """The report: one HTML file that opens from disk and needs nothing else, no network either.
 
-The template ``report.html.jinja`` beside this module holds all markup; here numbers become text.
-Nothing that differs between identical runs is written: no time, host, path, commit or run id.
+The template ``report.html.jinja`` beside this module holds the markup, ``report.css`` the looks and
+``report.js`` what answers to the pointer; here numbers become text. Plotly's own library, 5 MB of
+JavaScript, is part of the file. Nothing that differs between identical runs is written: no time,
+host, path, commit or run id. What a copy may know of its run goes in later, see ``identified``.
 """
 
+import html
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from typing import Any
 
 import jinja2
@@ -14,9 +19,12 @@ from markupsafe import Markup
 
 from headrace.evaluation.blend import blend_of
 from headrace.evaluation.bootstrap import FEW_UNITS, Interval
-from headrace.evaluation.canvas import Figure
+from headrace.evaluation.charts import best_first
 from headrace.evaluation.comparison import Comparison, Judged
+from headrace.evaluation.curves import FINER
 from headrace.evaluation.metrics import METRICS, Metric
+from headrace.evaluation.page import Cell, Chart, Section, Table
+from headrace.evaluation.profile_table import profile_table
 
 _MARKS = {
     "chosen": ("◆", "chosen without test rows"),
@@ -25,12 +33,7 @@ _MARKS = {
     "worse": ("▽", "worse than the chosen model: the interval of their difference excludes 0"),
     "unknown": ("?", "the difference to the chosen model has no interval"),
 }
-# What a profile usually says first; other keys follow in their own order.
-_PROFILE_ORDER = (
-    "role", "dtype", "rows", "nulls", "distinct", "histogram", "min", "mean", "median", "max",
-    "std",
-)  # fmt: skip
-_LISTED = 4  # of a column's commonest values
+_IDENTITY = '<dl id="identity" hidden></dl>'
 
 
 @dataclass(frozen=True)
@@ -39,21 +42,28 @@ class TargetSection:
 
     comparison: Comparison
     selection: Mapping[str, Any]  # its entry of selection.json
-    figures: Sequence[Figure]
+    charts: Sequence[Chart]
+    sections: Sequence[Section] = ()
 
 
 @dataclass(frozen=True)
 class ReportInputs:
-    """All the report is made from."""
+    """All the report is made from; ``sections`` are about the whole run."""
 
     targets: Sequence[TargetSection]
     settings: Mapping[str, Any]  # the stage's parameters
     digests: Mapping[str, str]  # what was evaluated, by name
     profile: Mapping[str, Any] | None  # column → whatever the data profile says of it
+    sections: Sequence[Section] = ()
 
 
 def render_report(inputs: ReportInputs) -> str:
-    """Return the whole HTML page."""
+    """Return the whole HTML page.
+
+    Raises:
+        ValueError: if two charts or sections would have the same id, or a chart's JSON holds
+            something that is no JSON.
+    """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("headrace", "evaluation"),
         autoescape=True,
@@ -62,14 +72,41 @@ def render_report(inputs: ReportInputs) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    drawn: dict[str, Chart] = {}
+    targets = [
+        _target_view(section, f"target-{number}", inputs, drawn)
+        for number, section in enumerate(inputs.targets, 1)
+    ]
+    sections = _section_views(inputs.sections, "run", drawn)
+    anchors = [one["anchor"] for one in [*sections, *(s for t in targets for s in t["sections"])]]
+    _require_unique(anchors, "sections")
     return environment.get_template("report.html.jinja").render(
-        targets=[_target_view(section, inputs) for section in inputs.targets],
+        targets=targets,
+        sections=sections,
         settings=inputs.settings,
         digests=inputs.digests,
-        profile=_profile_view(inputs.profile) if inputs.profile else None,
+        profile=profile_table(inputs.profile) if inputs.profile else None,
         marks=_MARKS,
         confidence=f"{inputs.settings['confidence']:.0%}",
+        identity=Markup(_IDENTITY),
+        finer=FINER,
+        charts=_script_json({name: _chart_json(chart) for name, chart in drawn.items()}),
+        plotly=Markup(_plotly()) if drawn else "",
     )
+
+
+def identified(page: str, facts: Mapping[str, str]) -> str:
+    """Return a copy of ``page`` that says what only a finished run knows, such as its lineage id.
+
+    Raises:
+        ValueError: if the page was not made by ``render_report``, or says it already.
+    """
+    if page.count(_IDENTITY) != 1:
+        raise ValueError("the page has no free place for the run's identity; render it anew")
+    said = "".join(
+        f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>" for name, text in facts.items()
+    )
+    return page.replace(_IDENTITY, f'<dl id="identity">{said}</dl>')
 
 
 def interval_text(found: Interval) -> tuple[str, str]:
@@ -89,149 +126,252 @@ def interval_text(found: Interval) -> tuple[str, str]:
     return value, f"[{low}, {high}]"
 
 
-def _target_view(section: TargetSection, inputs: ReportInputs) -> dict[str, Any]:
+def _target_view(
+    section: TargetSection, anchor: str, inputs: ReportInputs, drawn: dict[str, Chart]
+) -> dict[str, Any]:
     comparison = section.comparison
-    metrics = METRICS[comparison.task]
-    primary = next(metric for metric in metrics if metric.name == comparison.primary)
-    leader = comparison.of(comparison.chosen, primary.name)
-    tied = [
-        model
-        for model in comparison.models
-        if model != comparison.chosen and comparison.of(model, primary.name).is_tied
-    ]
+    metrics = sorted(METRICS[comparison.task], key=lambda one: one.name != comparison.primary)
+    primary = metrics[0]
+    names = best_first(comparison)
+    models = [_model_view(model, comparison, metrics) for model in names]
     return {
         "name": comparison.target,
+        "anchor": anchor,
         "comparison": comparison,
+        "units": _units_text(comparison),
         "primary": primary,
-        "metrics": sorted(metrics, key=lambda metric: metric != primary),
-        "headline": interval_text(leader.estimate),
-        "tied": tied,
+        "metrics": metrics,
+        "headline": interval_text(comparison.of(comparison.chosen, primary.name).estimate),
+        "surety": _surety(comparison),
+        "next_steps": _next_steps(comparison),
         "is_few": comparison.num_units < FEW_UNITS,
         "few": FEW_UNITS,
-        "models": [_model_view(model, comparison, metrics, primary) for model in comparison.models],
+        "models": models,
+        "bars": _bars([comparison.of(m, primary.name).estimate for m in names]),
         "selection": section.selection,
         "blend": str(blend_of(section.selection["blend"])),
-        "figures": [_figure_view(figure) for figure in section.figures],
+        "charts": _chart_views(section.charts, anchor, drawn),
+        "sections": _section_views(section.sections, anchor, drawn),
         "num_resamples": inputs.settings["num_resamples"],
     }
 
 
-def _model_view(
-    model: str, comparison: Comparison, metrics: Sequence[Metric], primary: Metric
-) -> dict[str, Any]:
-    return {
-        "name": model,
-        "is_chosen": model == comparison.chosen,
-        "cells": [
-            _cell_view(comparison.of(model, metric.name), metric == primary)
-            for metric in sorted(metrics, key=lambda metric: metric != primary)
-        ],
-    }
+def _model_view(model: str, comparison: Comparison, metrics: Sequence[Metric]) -> dict[str, Any]:
+    cells = [_cell_view(comparison.of(model, metric.name)) for metric in metrics]
+    return {"name": model, "is_chosen": model == comparison.chosen, "cells": cells}
 
 
-def _cell_view(one: Judged, is_primary: bool) -> dict[str, Any]:
+def _cell_view(one: Judged) -> dict[str, Any]:
     value, limits = interval_text(one.estimate)
     change, change_limits = interval_text(one.difference)
     sign = "+" if (one.difference.value or 0) > 0 else ""
     return {
         "value": value,
         "limits": limits,
-        "sort": "" if one.estimate.value is None else repr(one.estimate.value),
+        "sort": _sort_text(one.estimate.value),
         "change": sign + change,
         "change_limits": change_limits,
+        "change_sort": _sort_text(one.difference.value),
         "verdict": one.verdict,
         "undefined": one.estimate.num_undefined,
-        "is_primary": is_primary,
     }
 
 
-def _figure_view(figure: Figure) -> dict[str, Any]:
-    return {
-        "name": figure.name,
-        "title": figure.title,
-        "alternative": figure.alternative,
-        "wide": figure.is_wide,
-        "svg": Markup(figure.inline_text()),
-    }
+def _bars(found: Sequence[Interval]) -> list[dict[str, str] | None]:
+    """Where each interval lies between the lowest and the highest bound of all, in percent."""
+    ends = [end for one in found for end in (one.low, one.value, one.high) if end is not None]
+    if not ends or min(ends) == max(ends):
+        return [None] * len(found)
 
+    def place(value: float) -> float:
+        return 100 * (value - min(ends)) / (max(ends) - min(ends))
 
-def _profile_view(profile: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn a profile of any form into a table: scalars as columns, counts as small bars."""
-    columns = {name: _flat(said) for name, said in profile.items() if isinstance(said, Mapping)}
-    counts = {said.get("rows") for said in columns.values()}
-    num_rows = counts.pop() if len(counts) == 1 else None
-    if num_rows is not None:  # the same for all columns: said once, above the table
-        columns = {
-            name: {key: value for key, value in said.items() if key != "rows"}
-            for name, said in columns.items()
+    return [
+        None
+        if one.value is None or one.low is None or one.high is None
+        else {
+            "left": f"{place(one.low):.1f}",
+            "width": f"{place(one.high) - place(one.low):.1f}",
+            "value": f"{place(one.value):.1f}",
         }
-    keys = list(dict.fromkeys(key for said in columns.values() for key in said))
-    first = [key for key in _PROFILE_ORDER if key in keys]
-    keys = first + [key for key in keys if key not in first]
-    rows = [
-        {"name": name, "cells": [said.get(key, "") for key in keys]}
-        for name, said in columns.items()
+        for one in found
     ]
-    headings = [key.replace("_", " ") for key in keys]
-    return {"headings": headings, "rows": rows, "num_rows": num_rows}
 
 
-def _flat(said: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in said.items():
-        name = f"{prefix}{key}"
-        counts = _counts(value)
-        if counts:
-            flat[name] = _bars(counts)
-        elif isinstance(value, Mapping):
-            flat |= _flat(value, f"{name} ")
-        elif isinstance(value, list | tuple):
-            more = ["…"] if len(value) > _LISTED else []
-            flat[name] = ", ".join([_item(item) for item in value[:_LISTED]] + more)
-        else:
-            flat[name] = _plain(value)
-    return flat
+def _others(comparison: Comparison, verdict: str) -> list[str]:
+    return [
+        model
+        for model in comparison.models
+        if comparison.of(model, comparison.primary).verdict == verdict
+    ]
 
 
-def _counts(value: Any) -> list[float]:
-    """The bar heights in ``value``, if it is a histogram: a list of counts, or one under a key."""
+def _units_text(comparison: Comparison) -> str:
+    plural = "" if comparison.num_units == 1 else "s"
+    return f"{comparison.num_units:,} {comparison.unit}{plural}"
+
+
+def _surety(comparison: Comparison) -> str:
+    """Say how far the chosen model stands from the others."""
+    others = len(comparison.models) - 1
+    tied, worse = _others(comparison, "tied"), _others(comparison, "worse")
+    better = _others(comparison, "better")
+    parts = []
+    if worse:
+        number = "all others" if len(worse) == others > 1 else _listed(worse)
+        parts.append(f"better than {number} beyond chance")
+    if tied:
+        parts.append(f"tied with {_listed(tied)}")
+    if better:
+        parts.append(f"worse than {_listed(better)} on these rows")
+    return "; ".join(parts) or "compared with no other model"
+
+
+def _next_steps(comparison: Comparison) -> list[str]:
+    """Say what a careful reader would do now; the rules are few and stated in full."""
+    tied, better = _others(comparison, "tied"), _others(comparison, "better")
+    unit = comparison.unit
+    steps = []
+    if comparison.num_units < FEW_UNITS:
+        steps.append(
+            f"Test on more {unit}s: {_units_text(comparison)} are too few to trust an interval."
+        )
+    if better:
+        steps.append(
+            f"{_listed(better)} did better here. Test rows do not choose: see whether valid rows "
+            f"agree once there are more of them."
+        )
+    if tied:
+        steps.append(
+            f"{_listed(tied)} cannot be told from {comparison.chosen} on these {unit}s: take the "
+            f"cheapest of them, or test on more {unit}s."
+        )
+    if not steps:
+        steps.append("The choice is clear. Look at where it still errs: its worst rows and slices.")
+    return steps
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def _section_views(
+    sections: Sequence[Section], prefix: str, drawn: dict[str, Chart]
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "anchor": f"{prefix}-{section.anchor}",
+            "title": section.title,
+            "text": section.text,
+            "tables": [
+                _table_view(table, f"{prefix}-{section.anchor}-table-{number}")
+                for number, table in enumerate(section.tables, 1)
+            ],
+            "charts": _chart_views(section.charts, f"{prefix}-{section.anchor}", drawn),
+        }
+        for section in sections
+    ]
+
+
+def _table_view(table: Table, name: str) -> dict[str, Any]:
+    columns = zip(*table.rows, strict=True) if table.rows else [()] * len(table.headings)
+    is_number = [all(not isinstance(cell, str) for cell in column) for column in columns]
+    return {
+        "id": name,
+        "title": table.title,
+        "note": table.note,
+        "headings": list(zip(table.headings, is_number, strict=True)),
+        "rows": [
+            [
+                {"text": _cell_text(cell), "sort": _sort_text(cell), "is_number": numeric}
+                for cell, numeric in zip(row, is_number, strict=True)
+            ]
+            for row in table.rows
+        ],
+    }
+
+
+def _chart_views(
+    charts: Sequence[Chart], prefix: str, drawn: dict[str, Chart]
+) -> list[dict[str, Any]]:
+    names = [f"{prefix}-{chart.name}" for chart in charts]
+    _require_unique([*drawn, *names], "charts")
+    drawn |= dict(zip(names, charts, strict=True))
+    return [
+        {
+            "id": name,
+            "title": chart.title,
+            "alternative": chart.alternative,
+            "is_wide": chart.is_wide,
+            "height": chart.layout.get("height", _HEIGHT),
+            "choices": list(dict.fromkeys(t["choice"] for t in chart.traces if "choice" in t)),
+            "has_bins": any("bins" in trace for trace in chart.traces),
+        }
+        for name, chart in zip(names, charts, strict=True)
+    ]
+
+
+_HEIGHT = 380  # pixels of a chart that asks for no height
+# Templates have tags of their own; the others are no texts that Plotly shows.
+_NOT_ESCAPED = {"hovertemplate", "texttemplate", "choice", "tone"}
+
+
+def _chart_json(chart: Chart) -> dict[str, Any]:
+    layout = {"height": _HEIGHT, **chart.layout}
+    return {"traces": _thinned(chart.traces), "layout": _thinned(layout)}
+
+
+def _thinned(value: Any, key: str = "") -> Any:
+    """Return JSON's own types: six digits of a number are more than a screen shows.
+
+    Plotly reads tags in texts; a name that looks like one is escaped.
+    """
     if isinstance(value, Mapping):
-        value = value.get("counts")
-    is_list = isinstance(value, list) and len(value) > 1 and any(value)
-    if is_list and all(isinstance(item, int | float) and item >= 0 for item in value):
-        return [float(item) for item in value]
-    return []
-
-
-def _bars(counts: Sequence[float]) -> Markup:
-    width, top = 96 / len(counts), max(counts)
-    bars = "".join(
-        f'<rect x="{i * width:.1f}" y="{20 - 20 * count / top:.1f}" '
-        f'width="{max(width - 0.5, 0.5):.1f}" height="{20 * count / top:.1f}"/>'
-        for i, count in enumerate(counts)
-        if count
-    )
-    return Markup(
-        f'<svg class="bars" viewBox="0 0 96 20" role="img" aria-label="histogram">{bars}</svg>'
-    )
-
-
-def _item(item: Any) -> str:
-    if isinstance(item, Mapping) and "value" in item and "count" in item:
-        return f"{item['value']} ({item['count']:,})"
-    return _plain(item)
-
-
-def _plain(value: Any) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}" if abs(value) >= 10_000 else str(value)  # a year stays a year
+        return {str(name): _thinned(item, str(name)) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_thinned(item, key) for item in value]
+    if isinstance(value, str) and key not in _NOT_ESCAPED:
+        return html.escape(value, quote=False)
     if isinstance(value, float):
-        return f"{value:.4g}"
-    return str(value)
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
+
+
+def _script_json(content: Any) -> Markup:
+    """Return JSON that no text within can end the script element of."""
+    try:
+        text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    except TypeError as error:
+        raise ValueError(
+            f"a chart holds what JSON does not: {error}; give lists and numbers"
+        ) from error
+    return Markup(text.replace("<", "\\u003c"))
+
+
+def _plotly() -> str:
+    return resources.files("plotly").joinpath("package_data/plotly.min.js").read_text("utf-8")
+
+
+def _require_unique(names: Sequence[str], what: str) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"the report has several {what} called {', '.join(twice)}; rename them")
+
+
+def _sort_text(cell: Cell) -> str:
+    if cell is None:
+        return ""
+    return cell if isinstance(cell, str) else repr(cell)
+
+
+def _cell_text(cell: Cell) -> str:
+    if cell is None:
+        return "–"
+    if isinstance(cell, bool):
+        return "yes" if cell else "no"
+    if isinstance(cell, int):
+        return f"{cell:,}".replace("-", "−")
+    return cell if isinstance(cell, str) else f"{cell:.4g}".replace("-", "−")
 
 
 def _style(half_width: float) -> str:

@@ -35,11 +35,12 @@ from headrace.evaluation.bootstrap import (
     bytes_needed,
     require_resamples,
 )
-from headrace.evaluation.canvas import Figure
 from headrace.evaluation.comparison import Comparison, comparison_json, judge, metrics_json
-from headrace.evaluation.figures import Points, draw
+from headrace.evaluation.figures import Points, draw, interval_charts
 from headrace.evaluation.interpretation import Interpretation, read_interpretation
 from headrace.evaluation.metrics import MetricName, Sample
+from headrace.evaluation.page import Chart
+from headrace.evaluation.plots import pictures
 from headrace.evaluation.report import ReportInputs, TargetSection, interval_text, render_report
 from headrace.evaluation.selection import STACK
 from headrace.evaluation.streaming import Part, stream_bootstrap
@@ -161,7 +162,7 @@ def evaluate(
     Writes metrics.json, comparison.json, errors.json, report.html, figures and plot files.
     ``profile`` is the data profile that ``extract`` wrote, ``interpretation`` the folder of
     ``interpret``; the report shows them. Test rows that do not fit the memory budget are streamed;
-    then there are no figures and no worst rows.
+    then there are no curves and no worst rows.
 
     Raises:
         ConfigError: strata or blocks that the test rows do not have.
@@ -201,7 +202,8 @@ def evaluate(
                 )
             else:
                 one = _judge_target(target, folders, test.truth, units, resampling, params, chosen)
-            judged.append(replace(one, figures=_named(stem, one.figures)))
+            judged.append(one)
+            (folder / "plots").mkdir(exist_ok=True)  # DVC waits for it, of a stream too
             _write_plot_files(folder / "plots", stem, one.points)
         _write(folder, judged, selection, source, test, params, described)
         _write_errors(folder, judged, source, interpreted)
@@ -232,13 +234,13 @@ class _TestRows:
 class _Judgement:
     """All that is known of one target; ``points`` are the lines of its plot files.
 
-    Of a stream there are no worst rows, figures and points, but bounds of the error that its score
+    Of a stream there are no worst rows and points, but bounds of the error that its score
     bins make, per model and metric.
     """
 
     worst: WorstRows | None  # of the chosen model
     comparison: Comparison
-    figures: tuple[Figure, ...]
+    charts: Sequence[Chart]
     points: Points
     error_bound: Mapping[str, Mapping[MetricName, float]] = field(default_factory=dict)
 
@@ -291,11 +293,17 @@ def _judge_target(
         num_unlabelled=int((~is_labelled).sum()),
         judged=judge(scored, selection["chosen"], target.task, labelled_units, resampling),
     )
-    figures, points = draw(
-        target, comparison, samples, scored, labelled_units, confidence=params.confidence
+    charts, points = draw(
+        target,
+        comparison.chosen,
+        samples,
+        labelled_units,
+        confidence=params.confidence,
+        threshold=params.threshold,
     )
+    charts = interval_charts(comparison, scored, confidence=params.confidence) + charts
     worst = worst_rows(samples[comparison.chosen], truth.row_id[is_labelled])
-    return _Judgement(worst, comparison, tuple(figures), points)
+    return _Judgement(worst, comparison, charts, points)
 
 
 def _judge_stream(
@@ -340,7 +348,8 @@ def _judge_stream(
         judged=judge(scored, selection["chosen"], target.task, units, resampling),
     )
     bounds = {model: found.error_bound for model, found in streamed.items()}
-    return _Judgement(None, comparison, (), {}, bounds)
+    charts = interval_charts(comparison, scored, confidence=params.confidence)
+    return _Judgement(None, comparison, charts, {}, bounds)
 
 
 def _require_labels(target: Target, num_labelled: int, num_rows: int) -> None:
@@ -384,10 +393,12 @@ def _write(
             },
         },
     )
-    for figure in (figure for one in judged for figure in one.figures):
-        write_file(folder / "figures" / f"{figure.name}.svg", figure.file_text())
+    for one in judged:
+        stem = file_stem(one.comparison.target)
+        for figure in pictures(one.comparison, confidence=params.confidence):
+            write_file(folder / "figures" / f"{stem}_{figure.name}.svg", figure.file_text())
     sections = [
-        TargetSection(one.comparison, selection[one.comparison.target], one.figures)
+        TargetSection(one.comparison, selection[one.comparison.target], one.charts)
         for one in judged
     ]
     page = render_report(ReportInputs(sections, settings, digests, described))
@@ -438,7 +449,7 @@ def _streamed_note(judged: Sequence[_Judgement]) -> str:
     bounds = [bound for one in judged for of in one.error_bound.values() for bound in of.values()]
     return (
         f"The test rows were streamed: intervals are from Poisson resamples, rankings from bins of "
-        f"scores (a value is within {max(bounds):.2g} of the exact one). There are no figures and "
+        f"scores (a value is within {max(bounds):.2g} of the exact one). There are no curves and "
         f"worst rows; for those raise `resources.memory_budget` so that the rows fit, or set "
         f"`evaluate.resampling` to multinomial."
     )
@@ -474,8 +485,8 @@ def _record(judged: Sequence[_Judgement], out: Path, recorder: Recorder) -> None
             }
             recorder.metrics({name: value for name, value in values.items() if value is not None})
         recorder.note(_note(comparison))
-        for figure in one.figures:
-            recorder.file(out / "figures" / f"{figure.name}.svg", folder="figures")
+    for picture in sorted((out / "figures").iterdir()):
+        recorder.file(picture, folder="figures")
     recorder.file(out / "report.html")
 
 
@@ -621,10 +632,6 @@ def _bytes_needed(source: Table, folders: Mapping[str, Path], params: EvaluatePa
         + 8 * num_rows * (target.num_outputs * num_models + 2)
         for target in source.contract.targets
     )
-
-
-def _named(stem: str, figures: Sequence[Figure]) -> tuple[Figure, ...]:
-    return tuple(replace(figure, name=f"{stem}_{figure.name}") for figure in figures)
 
 
 def _number(value: float | None) -> str:
