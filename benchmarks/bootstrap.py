@@ -6,7 +6,7 @@ against scikit-learn: the AUC of its counts used as weights must agree to 1e-12.
 
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,9 @@ import scipy.stats
 from sklearn.metrics import log_loss, roc_auc_score, root_mean_squared_error
 
 from benchmarks.harness import Row, Timing, arguments, measure, report
+from headrace.evaluation.bootstrap import Resampling
+from headrace.evaluation.metrics import Sample
+from headrace.evaluation.streaming import Part, Streamed, stream_bootstrap
 from headrace.kernels.bootstrap import draw_counts, rank, resample
 
 NUM_RESAMPLES = 1000
@@ -48,6 +51,17 @@ class Case:
     def draws(self) -> None:
         """The counts alone, drawn and dropped."""
         resample(np.empty((0, self.num_rows)), [], num_resamples=NUM_RESAMPLES, seed=1, threads=1)
+
+    def streamed(self) -> Streamed:
+        """All six metrics of two classes, rows in parts, as for a test set beyond memory."""
+
+        def read() -> Iterator[Part]:
+            for start in range(0, self.num_rows, 1 << 16):
+                here = slice(start, start + (1 << 16))
+                yield Part(Sample("binary", self.label[here], self.score[here]), self.rows[here])
+
+        resampling = Resampling(NUM_RESAMPLES, 0.95, seed=1)
+        return stream_bootstrap(read, "binary", resampling, threshold=0.5, budget_bytes=1 << 28)
 
     def scikit_learn(self) -> None:
         rng = np.random.default_rng(1)
@@ -87,12 +101,13 @@ def rows_of(num_rows: int, repeats: int) -> list[Row]:
     variants: dict[str, Callable[[], Any]] = {
         "headrace, 3 metrics": case.headrace,
         "counts only": case.draws,
+        "streamed, 6 metrics": case.streamed,
         f"scikit-learn loop, 3 metrics, {SLOW_RESAMPLES} of 1000": case.scikit_learn,
         f"scipy, 2 means, {SLOW_RESAMPLES * 4} of 1000": case.scipy_means,
         f"scipy, AUC, {SLOW_RESAMPLES} of 1000": case.scipy_auc,
     }
     print(f"\n{num_rows:,} rows")
-    ours, counts, loop, means, auc = measure(variants, repeats).values()
+    ours, counts, streamed, loop, means, auc = measure(variants, repeats).values()
     scale = NUM_RESAMPLES / SLOW_RESAMPLES
     is_large = num_rows == 100_000
     size = f"{num_rows:,} rows"
@@ -104,6 +119,9 @@ def rows_of(num_rows: int, repeats: int) -> list[Row]:
         Row(f"{size}: times drawing the counts", statistics.median(
                 a / b for a, b in zip(ours.cpu_s, counts.cpu_s, strict=True)
             ), "x", 4.5, 3.0, False, "counts only, cpu"),
+        Row(f"{size}: streamed, times rows in memory", statistics.median(
+                a / b for a, b in zip(streamed.cpu_s, ours.cpu_s, strict=True)
+            ), "x", None, None, False, "six metrics, where rows in memory give three"),
         Row(f"{size}: AUC, largest difference", case.check(), "", 1e-12, None, False,
             "scikit-learn on the same resample"),
     ]  # fmt: skip
