@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import headrace.data.predictions as predictions_module
-from headrace.data.alignment import measure, stream_aligned
+from headrace.data.alignment import measure, read_share, stream_aligned
 from headrace.data.predictions import read_predictions
 from headrace.data.table import Table, open_table
 from headrace.data.truth import line_up, read_truth
@@ -43,6 +43,9 @@ def test_rows_come_as_if_read_at_once(case, unit, target):
     parts = list(stream_aligned(table, folder, target, "test", unit=unit, key=KEY))
     assert len(parts) == 4
     np.testing.assert_array_equal(
+        np.concatenate([part.row_id for part in parts]), truth.row_id[is_labelled]
+    )
+    np.testing.assert_array_equal(
         np.concatenate([part.label for part in parts]), truth.labels[target.name][is_labelled]
     )
     np.testing.assert_array_equal(np.concatenate([part.values for part in parts]), values)
@@ -60,6 +63,25 @@ def test_rows_come_as_if_read_at_once(case, unit, target):
     assert size.rows.num_units == len(np.unique(truth.unit_of_row))
     assert size.labelled[target.name].num_rows == is_labelled.sum()
     assert size.labelled[target.name].num_units == num_units
+
+
+def test_a_share_of_the_rows_is_the_same_for_each_model(case):
+    """About a third, drawn by row id; predictions stay with their rows."""
+    table, folder = case
+    settings = {"unit": "day", "key": KEY}
+    shares = [
+        read_share(table, each, LATE, "test", 0.3, seed=1, **settings)
+        for each in (folder, folder.parent / "plain")
+    ]
+    assert shares[0].row_id.tolist() == shares[1].row_id.tolist()
+    assert 0.2 * 520 < len(shares[0].row_id) < 0.4 * 520
+    assert shares[0].values.tolist() != shares[1].values.tolist()
+    whole = read_share(table, folder, LATE, "test", 1.0, seed=1, **settings)
+    assert len(whole.row_id) == 520
+    places = np.searchsorted(whole.row_id, shares[0].row_id)
+    for name in ("label", "values", "weight", "unit_key"):
+        expected = getattr(whole, name)[places]
+        np.testing.assert_array_equal(getattr(shares[0], name), expected)
 
 
 def test_null_and_text_units_have_keys_of_their_own(case):

@@ -12,6 +12,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from headrace.data.draws import is_sampled
 from headrace.data.predictions import stream_predictions
 from headrace.data.table import Table
 from headrace.data.truth import Truth, UnitChoice, places_of, refuse_no_weight, stream_truth
@@ -46,10 +47,18 @@ class SplitSize:
 class Aligned:
     """Labelled rows with their predictions; shapes as in ``Truth``, ``unit_key`` (N,)."""
 
+    row_id: npt.NDArray[np.int64]
     label: Floats
     values: Floats
     weight: Floats | None
     unit_key: npt.NDArray[np.int64]
+
+    def where(self, keep: npt.NDArray[np.bool_]) -> "Aligned":
+        """Return the rows to keep."""
+        weight = None if self.weight is None else self.weight[keep]
+        return Aligned(
+            self.row_id[keep], self.label[keep], self.values[keep], weight, self.unit_key[keep]
+        )
 
 
 def measure(table: Table, split: str, *, unit: UnitChoice, key: str) -> SplitSize:
@@ -103,6 +112,7 @@ def stream_aligned(
         is_labelled = ~np.isnan(truth.labels[target.name])
         places = places_of(row_id[:num_here], truth, is_labelled, who=who)
         yield Aligned(
+            row_id=truth.row_id[is_labelled],
             label=truth.labels[target.name][is_labelled],
             values=values[places],
             weight=None if truth.weight is None else truth.weight[is_labelled],
@@ -113,6 +123,32 @@ def stream_aligned(
         rest = next(predictions, None) if not len(row_id) else (row_id, values)
         if rest is not None:
             places_of(rest[0], truth, np.zeros(len(truth.row_id), dtype=bool), who=who)
+
+
+def read_share(
+    table: Table,
+    folder: Path,
+    target: Target,
+    split: str,
+    share: float,
+    *,
+    unit: UnitChoice,
+    key: str,
+    seed: int,
+) -> Aligned:
+    """Return about ``share`` of the rows of ``stream_aligned``: the same rows for each model."""
+    parts = [
+        rows.where(is_sampled(rows.row_id, share, seed=seed))
+        for rows in stream_aligned(table, folder, target, split, unit=unit, key=key)
+    ]
+    weights = [rows.weight for rows in parts if rows.weight is not None]
+    return Aligned(
+        row_id=np.concatenate([rows.row_id for rows in parts]),
+        label=np.concatenate([rows.label for rows in parts]),
+        values=np.concatenate([rows.values for rows in parts]),
+        weight=np.concatenate(weights) if weights else None,
+        unit_key=np.concatenate([rows.unit_key for rows in parts]),
+    )
 
 
 class _Counter:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field, model_validator
 
-from headrace.data.alignment import Counted, measure, stream_aligned
+from headrace.data.alignment import Aligned, Counted, measure, read_share, stream_aligned
 from headrace.data.lookup import rows_by_id
 from headrace.data.predictions import bytes_held, read_predictions
 from headrace.data.table import Table, open_table
@@ -70,6 +70,7 @@ _STATED = (
 )
 _UNIT_KEY = "evaluate.unit"
 _NO_ROWS = np.empty(0, np.int64)
+_DRAWN_ROWS = 50_000  # of a stream, about; figures show no more
 
 
 class EvaluateParams(Section):
@@ -162,7 +163,7 @@ def evaluate(
     Writes metrics.json, comparison.json, errors.json, report.html, figures and plot files.
     ``profile`` is the data profile that ``extract`` wrote, ``interpretation`` the folder of
     ``interpret``; the report shows them. Test rows that do not fit the memory budget are streamed;
-    then there are no curves and no worst rows.
+    then charts show a share of the rows, and there are no worst rows.
 
     Raises:
         ConfigError: strata or blocks that the test rows do not have.
@@ -234,8 +235,8 @@ class _TestRows:
 class _Judgement:
     """All that is known of one target; ``points`` are the lines of its plot files.
 
-    Of a stream there are no worst rows and points, but bounds of the error that its score
-    bins make, per model and metric.
+    Of a stream there are no worst rows, charts and points are of a share of the rows, and bounds
+    say how far its bins of scores can have moved each model's metrics.
     """
 
     worst: WorstRows | None  # of the chosen model
@@ -323,7 +324,7 @@ def _judge_stream(
 
     def read(folder: Path) -> Iterator[Part]:
         for rows in stream_aligned(source, folder, target, "test", unit=params.unit, key=_UNIT_KEY):
-            yield Part(Sample(target.task, rows.label, rows.values, rows.weight), rows.unit_key)
+            yield Part(_sample(target, rows), rows.unit_key)
 
     streamed = {
         model: stream_bootstrap(
@@ -347,9 +348,29 @@ def _judge_stream(
         num_unlabelled=test.num_rows - labelled.num_rows,
         judged=judge(scored, selection["chosen"], target.task, units, resampling),
     )
+    share = min(1.0, _DRAWN_ROWS / labelled.num_rows)
+    drawn = {
+        model: read_share(
+            source, folder, target, "test", share, unit=params.unit, key=_UNIT_KEY, seed=params.seed
+        )
+        for model, folder in folders.items()
+    }
+    present, of_row = np.unique(next(iter(drawn.values())).unit_key, return_inverse=True)
+    charts, points = draw(
+        target,
+        comparison.chosen,
+        {model: _sample(target, rows) for model, rows in drawn.items()},
+        Units(units.name, of_row.astype(np.int64), len(present)),
+        confidence=params.confidence,
+        threshold=params.threshold,
+    )
     bounds = {model: found.error_bound for model, found in streamed.items()}
-    charts = interval_charts(comparison, scored, confidence=params.confidence)
-    return _Judgement(None, comparison, charts, {}, bounds)
+    charts = interval_charts(comparison, scored, confidence=params.confidence) + charts
+    return _Judgement(None, comparison, charts, points, bounds)
+
+
+def _sample(target: Target, rows: Aligned) -> Sample:
+    return Sample(target.task, rows.label, rows.values, rows.weight)
 
 
 def _require_labels(target: Target, num_labelled: int, num_rows: int) -> None:
@@ -449,9 +470,9 @@ def _streamed_note(judged: Sequence[_Judgement]) -> str:
     bounds = [bound for one in judged for of in one.error_bound.values() for bound in of.values()]
     return (
         f"The test rows were streamed: intervals are from Poisson resamples, rankings from bins of "
-        f"scores (a value is within {max(bounds):.2g} of the exact one). There are no curves and "
-        f"worst rows; for those raise `resources.memory_budget` so that the rows fit, or set "
-        f"`evaluate.resampling` to multinomial."
+        f"scores (a value is within {max(bounds):.2g} of the exact one). Charts show about "
+        f"{_DRAWN_ROWS:,} rows at most, and there are no worst rows. With a larger "
+        f"`resources.memory_budget` all rows are used."
     )
 
 
