@@ -70,7 +70,7 @@ _STATED = (
 )
 _UNIT_KEY = "evaluate.unit"
 _NO_ROWS = np.empty(0, np.int64)
-_DRAWN_ROWS = 50_000  # of a stream, about; figures show no more
+_DRAWN_ROWS = 50_000  # of a stream, about; charts show no more
 
 
 class EvaluateParams(Section):
