@@ -270,9 +270,9 @@ def test_a_stopped_refit_goes_on_to_the_same_result(project: Project, monkeypatc
 def test_a_spent_budget_says_how_many_were_done(project: Project, monkeypatch):
     run = command.run_refit
 
-    def slow(*arguments):
+    def slow(job, number, **options):
         time.sleep(0.3)
-        return run(*arguments)
+        return run(job, number, **options)
 
     monkeypatch.setattr(command, "run_refit", slow)
     found, printed = estimate(project, refits=50, budget_s=0.5)

@@ -4,11 +4,13 @@ What the stages do, without their outs: ``data/`` and dvc.lock stay as they are.
 from the checkpoints of their scratch folder, as those of a stage do.
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.status import Status
 
 from headrace.commands.pipeline import changes, read_dag
 from headrace.data.predictions import Predictions, read_predictions
@@ -19,6 +21,8 @@ from headrace.params import Resources, Section
 from headrace.project import EMBEDDING_CATBOOST, PIPELINE, Project
 from headrace.record import Recorder, Scalar
 from headrace.stages.train import fit_all, predictions_of
+
+_PROGRESS_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -117,11 +121,15 @@ def _second_level(
 
 
 class Hushed:
-    """A recorder for fits of which there are many: only warnings are told, each once."""
+    """A recorder for one of many fits: it tells warnings, each once, and how far the fit is."""
 
-    def __init__(self, on_warning: Callable[[str], None]) -> None:
+    def __init__(
+        self, *, on_warning: Callable[[str], None], on_progress: Callable[[str], None]
+    ) -> None:
         self._on_warning = on_warning
+        self._on_progress = on_progress
         self._told: set[str] = set()
+        self._progress_told = 0.0
 
     def params(self, values: Mapping[str, Scalar]) -> None:
         """Keep nothing."""
@@ -145,4 +153,18 @@ class Hushed:
             self._on_warning(text)
 
     def progress(self, done: int, total: int | None, *, unit: str, detail: str = "") -> None:
-        """Keep nothing."""
+        """Tell how far the fit is, at most five times a second."""
+        now = time.monotonic()
+        if now - self._progress_told >= _PROGRESS_S:
+            self._progress_told = now
+            whole = "" if total is None else f" of {total:,}"
+            self._on_progress(f"{done:,}{whole} {unit}{f', {detail}' if detail else ''}")
+
+
+def told_on(status: Status, name: str) -> Callable[[str], None]:
+    """Return what tells, on the last line of a terminal, how far ``name`` is."""
+    return lambda far: status.update(f"{name}: {far}")
+
+
+def say_nothing(_: str) -> None:
+    """Listen to a recorder of which nobody wants to hear."""

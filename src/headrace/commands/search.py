@@ -11,7 +11,7 @@ nested runs. docs/search.md says how to read what it prints.
 import contextlib
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +25,7 @@ from rich.table import Table
 from headrace.commands.budget import Budget
 from headrace.commands.checkpoints import stage_entry
 from headrace.commands.lock import lock_folder, told_to
-from headrace.commands.refit import Hushed, Inputs, project_inputs, refit, warn_of_stale
+from headrace.commands.refit import Hushed, Inputs, project_inputs, refit, told_on, warn_of_stale
 from headrace.commands.results import interval_text
 from headrace.commands.settings import Settings, read_settings, stage_of
 from headrace.commands.space import Point, Space, value_at, with_point
@@ -267,7 +267,9 @@ def run_trials(
         if point is None:
             console.print("every point of the space has been tried", highlight=False)
             break
-        trial = _run_trial(search, number, point, journal, guard)
+        with console.status(f"trial {number}") as status:
+            tell = told_on(status, f"trial {number}")
+            trial = _run_trial(search, number, point, journal, guard, on_progress=tell)
         ended.append(trial)
         console.print(_line(search, trial), markup=False, highlight=False, soft_wrap=True)
     return ended
@@ -311,6 +313,8 @@ def _run_trial(
     point: Point,
     journal: RunJournal,
     guard: Guard,
+    *,
+    on_progress: Callable[[str], None],
 ) -> Trial:
     folder = search.folder / trial_name(number)
     write_point(folder, point)
@@ -327,7 +331,7 @@ def _run_trial(
                 scratch,
                 split=search.judge.truth.split,
                 resources=guard.resources,
-                recorder=Hushed(told.warn),
+                recorder=Hushed(on_warning=told.warn, on_progress=on_progress),
             )
             score, resamples = search.judge.score(found[search.judge.target.name])
         except Exception as error:  # anything that its library raises

@@ -14,7 +14,7 @@ import contextlib
 import shutil
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -24,14 +24,16 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
+import numpy.typing as npt
 from rich.console import Console
+from rich.status import Status
 from rich.table import Table
 
 from headrace.commands.budget import Budget
 from headrace.commands.checkpoints import stage_entry
 from headrace.commands.execute import journaled
 from headrace.commands.lock import lock_folder, told_to
-from headrace.commands.refit import Hushed, Inputs, refit, warn_of_stale
+from headrace.commands.refit import Hushed, Inputs, refit, say_nothing, told_on, warn_of_stale
 from headrace.commands.settings import read_settings, stage_of
 from headrace.commands.stage import Guard, guarded
 from headrace.commands.supervise import die_with_parent
@@ -198,35 +200,33 @@ def run_refits(
     pending = [number for number in range(limit) if number not in ended]
     workers = min(count_workers(job), max(1, len(pending)))
 
-    def take(one: Refit) -> None:
-        ended[one.number] = one
-        write_json(job.folder / f"refit-{one.number:04d}.json", {"format": _FORMAT, **asdict(one)})
-        shutil.rmtree(_scratch(job, one.number), ignore_errors=True)
-        console.print(_line(one), markup=False, highlight=False, soft_wrap=True)
-
     def has_time() -> bool:
         return budget.has_time([one.seconds for one in ended.values()])
 
-    if workers == 1:
-        while pending and has_time():
-            take(run_refit(_shared(job, 1), pending.pop(0), guard))
-    else:
-        with _workers(workers) as pool:
-            running: set[Future[Refit]] = set()
-            while pending or running:
-                while pending and len(running) < workers and has_time():
-                    running.add(pool.submit(run_refit, _shared(job, workers), pending.pop(0)))
-                if not running:
-                    break
-                done, running = futures.wait(running, return_when=futures.FIRST_COMPLETED)
-                for future in done:
-                    take(_result(future))
+    with console.status("refits") as status:
+        made = (
+            _one_after_another(_shared(job, 1), pending, has_time, guard, status)
+            if workers == 1
+            else _side_by_side(_shared(job, workers), pending, has_time, workers)
+        )
+        for one in made:
+            ended[one.number] = one
+            content = {"format": _FORMAT, **asdict(one)}
+            write_json(job.folder / f"refit-{one.number:04d}.json", content)
+            shutil.rmtree(_scratch(job, one.number), ignore_errors=True)
+            console.print(_line(one), markup=False, highlight=False, soft_wrap=True)
     if pending:
         console.print(f"the time is up, with {len(ended)} of {limit} refits", highlight=False)
     return [ended[number] for number in sorted(ended)][:limit]
 
 
-def run_refit(job: Job, number: int, guard: Guard | None = None) -> Refit:
+def run_refit(
+    job: Job,
+    number: int,
+    *,
+    guard: Guard | None = None,
+    on_progress: Callable[[str], None] = say_nothing,
+) -> Refit:
     """Draw a sample, encode it, fit the model on it, and judge it on the rows out of bag.
 
     A refit that fails is told in the result; only what ends the command is raised.
@@ -239,7 +239,7 @@ def run_refit(job: Job, number: int, guard: Guard | None = None) -> Refit:
         counts = drawn[truth.unit_of_row]
         if counts.all():
             raise DataError(f"sample {number} holds every {truth.unit}; none is left to judge on")
-        metrics = _judged(job, number, counts, truth)
+        metrics = _judged(job, number, counts, truth, on_progress)
     except Exception as error:  # anything that a model's library raises
         if isinstance(error, Stopped) or (guard is not None and guard.is_stopping):
             raise
@@ -269,12 +269,42 @@ def count_workers(job: Job) -> int:
     return max(1, min(job.resources.threads // own, by_memory))
 
 
-def _judged(job: Job, number: int, counts: np.ndarray, truth: Truth) -> Metrics:
+def _one_after_another(
+    job: Job, pending: list[int], has_time: Callable[[], bool], guard: Guard, status: Status
+) -> Iterator[Refit]:
+    while pending and has_time():
+        number = pending.pop(0)
+        tell = told_on(status, f"refit {number}")
+        yield run_refit(job, number, guard=guard, on_progress=tell)
+
+
+def _side_by_side(
+    job: Job, pending: list[int], has_time: Callable[[], bool], workers: int
+) -> Iterator[Refit]:
+    with _workers(workers) as pool:
+        running: set[Future[Refit]] = set()
+        while True:
+            while pending and len(running) < workers and has_time():
+                running.add(pool.submit(run_refit, job, pending.pop(0)))
+            if not running:
+                return
+            done, running = futures.wait(running, return_when=futures.FIRST_COMPLETED)
+            yield from map(_result, done)
+
+
+def _judged(
+    job: Job,
+    number: int,
+    counts: npt.NDArray[np.int64],
+    truth: Truth,
+    on_progress: Callable[[str], None],
+) -> Metrics:
     scratch = _scratch(job, number)
     table, encoded = scratch / "table", scratch / "encoded"
     if not table.is_dir():
         write_resample(open_table(job.table), counts, table, with_valid=_needs_valid(job))
-    resources, recorder = job.resources, Hushed(lambda _: None)
+    resources = job.resources
+    recorder = Hushed(on_warning=say_nothing, on_progress=on_progress)
     if not encoded.is_dir():
         encode(table, encoded, job.encoding, resources=resources, recorder=recorder)
     cache = scratch / "cache"
@@ -324,7 +354,7 @@ def _judged(job: Job, number: int, counts: np.ndarray, truth: Truth) -> Metrics:
     return metrics
 
 
-def _out_of_bag(truth: Truth, is_out: np.ndarray) -> Truth:
+def _out_of_bag(truth: Truth, is_out: npt.NDArray[np.bool_]) -> Truth:
     return replace(
         truth,
         split="out-of-bag",
