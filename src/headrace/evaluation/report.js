@@ -96,7 +96,8 @@
 
   // --- layout ---------------------------------------------------------------------------------
   const axis = (colours, node) => ({
-    automargin: true, gridcolor: colours.line, linecolor: colours.line, zeroline: false,
+    automargin: true, gridcolor: colours.line, linecolor: colours.line,
+    zeroline: false, zerolinecolor: colours.soft,
     tickcolor: colours.line, showline: true, ticks: "outside", ticklen: 4, nticks: node.clientWidth < 420 ? 5 : 7,
   });
   const laidOut = (node, spec, colours, state) => {
