@@ -17,6 +17,7 @@ from headrace.evaluation.bootstrap import (
     interval,
     require_resamples,
 )
+from headrace.evaluation.comparison import judge
 from headrace.evaluation.metrics import METRICS, Sample, score
 from headrace.kernels.bootstrap import draw_counts, rank, rank_influence
 
@@ -197,6 +198,21 @@ def test_a_metric_without_an_interval_has_none_of_any_kind():
         difference("rmse", scored, scored, rows(50), resampling),
     ):
         assert (found.low, found.high, found.reason) == (None, None, "biased upwards")
+
+
+def test_a_reason_is_kept_where_there_is_no_value_either():
+    """A metric that was not computed is not taken for an undefined one, which says why it is."""
+    nothing = np.full(200, np.nan)
+    names = [metric.name for metric in METRICS["regression"]]
+    scored = Scored(
+        dict.fromkeys(names, np.nan),
+        dict.fromkeys(names, nothing),
+        no_interval={"mae": "needs all rows in memory"},
+    )
+    judged = judge({"one": scored}, "one", "regression", rows(50), Resampling(200, 0.95, 0))
+    reasons = {one.metric.name: one.estimate.reason for one in judged}
+    assert reasons["mae"] == "needs all rows in memory"
+    assert reasons["r2"] == "the truth is constant"
 
 
 def test_too_few_resamples_or_units_give_no_interval_and_say_what_would_do():

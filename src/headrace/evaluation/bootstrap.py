@@ -46,6 +46,7 @@ FEW_UNITS = 20
 MAX_UNDEFINED_SHARE = 0.2
 
 
+UNDEFINED = "undefined"  # the reason where a metric has no value; the metric itself knows why
 # Resamples that must lie beyond each bound: the bound is their quantile, and of fewer it is noise.
 MIN_TAIL = 5
 
@@ -241,7 +242,7 @@ def interval(
     ``influence`` (U,) is what each unit adds to the value, which bca intervals need.
     """
     if not math.isfinite(value):
-        return Interval(None, None, None, reason="undefined")
+        return Interval(None, None, None, reason=UNDEFINED)
     defined = resamples[np.isfinite(resamples)]
     num_undefined = len(resamples) - len(defined)
     reason = _too_few(units, resampling)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from headrace.evaluation.blend import rounded
 from headrace.evaluation.bootstrap import (
+    UNDEFINED,
     Interval,
     Resampling,
     Scored,
@@ -152,7 +153,7 @@ def _verdict(change: Interval, metric: Metric) -> Verdict:
 
 
 def _explained(found: Interval, metric: Metric) -> Interval:
-    return replace(found, reason=metric.undefined) if found.value is None else found
+    return replace(found, reason=metric.undefined) if found.reason == UNDEFINED else found
 
 
 def _interval_json(found: Interval) -> dict[str, float | None]:
