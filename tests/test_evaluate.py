@@ -11,6 +11,7 @@ from sklearn.metrics import roc_auc_score
 
 from headrace.data.predictions import read_predictions
 from headrace.errors import ConfigError, DataError, IntegrityError, ResourceError, SchemaError
+from headrace.evaluation.resamples import read_resamples
 from headrace.params import Resources
 from headrace.record import MemoryRecorder
 from headrace.schema import SPLITS, Target, file_stem
@@ -137,6 +138,55 @@ def test_the_comparison_states_unit_choice_and_ties(done):
     assert rmse["difference"]["ci_low"] > 0
 
 
+def test_every_pair_of_models_is_tested_and_ties_are_told(done):
+    """On the primary metric and the others; in JSON, as a table, in the note and the rows."""
+    _, evaluated, out, recorder = done
+    late = read_json(out / "comparison.json")["targets"]["late"]
+    pairs = {(pair["first"], pair["second"]): pair for pair in late["pairs"]["roc_auc"]}
+    assert set(pairs) == {("plain", "sharp"), ("plain", "stack"), ("sharp", "stack")}
+    clear = pairs["plain", "sharp"]
+    assert clear["difference"]["ci_high"] < 0
+    assert clear["p_value"] == pytest.approx(2 / 201)  # no resample crosses 0
+    assert clear["p_value"] < clear["p_holm"] < 0.05
+    assert clear["smallest_detectable"] == pytest.approx(2.8016 * clear["standard_error"], rel=1e-4)
+    assert "plain" not in late["tied_with_best"]
+    assert late["best"] in late["tied_with_best"]
+    assert set(late["pairs"]) == set(late["models"]["plain"])
+    ranks = {row.model: row.rank for row in evaluated.rows if row.target == "late"}
+    assert ranks["plain"] == ""
+    assert ranks[late["best"]] == "best"
+    assert any("| worse | worse |" in note for note in recorder.notes)
+    assert "Every pair of models" in (out / "report.html").read_text()
+    lines = (out / "pairs.csv").read_text().splitlines()
+    assert len(lines) == 1 + 3 * sum(len(found["pairs"]) for found in _targets(out).values())
+    assert {path.name for path, _ in recorder.files} >= {"pairs.csv", "comparison.json"}
+
+
+def _targets(out):
+    return read_json(out / "comparison.json")["targets"]
+
+
+def test_resamples_are_kept_for_comparisons_across_runs(done):
+    """Their quantiles are the intervals; the labels have a digest."""
+    _, _, out, recorder = done
+    found = read_resamples(out / "resamples.parquet")
+    stated = read_json(out / "metrics.json")["late"]["sharp"]["brier"]
+    one = found["late"]["sharp"]
+    assert one.points["brier"] == pytest.approx(stated["value"], abs=1e-12)
+    low, high = np.quantile(one.resamples["brier"], [0.025, 0.975])
+    assert (low, high) == pytest.approx((stated["ci_low"], stated["ci_high"]), abs=1e-11)
+    digests = {one["label_digest"] for one in _targets(out).values()}
+    assert len(digests) == 3
+    assert (out / "resamples.parquet", "") in recorder.files
+
+
+def test_resamples_too_few_for_all_pairs_are_warned_of(tmp_path):
+    """Holm over ten pairs of five models needs more than 200."""
+    noise = dict.fromkeys(("a", "b", "c", "d"), 1.0)
+    _, _, recorder = run(Case(targets=(DELAY,), noise=noise), tmp_path)
+    assert any("set `evaluate.num_resamples` to 399 or more" in text for text in recorder.warnings)
+
+
 def test_the_rows_for_the_terminal_say_the_same(done):
     """The result's rows and the files agree; the text names unit and count."""
     _, evaluated, out, _ = done
@@ -253,7 +303,8 @@ def test_the_page_says_what_a_reader_needs(done):
 def test_no_time_host_or_path_is_written(done):
     """What differs between identical runs stays out."""
     _, _, out, _ = done
-    for path in out.rglob("*.*"):
+    texts = [path for path in out.rglob("*.*") if path.suffix != ".parquet"]
+    for path in texts:
         text = own_text(path)
         assert str(out.parent) not in text, path
         assert not re.search(r"\b20\d\d-\d\d-\d\d", text), path
@@ -653,7 +704,7 @@ def test_a_target_of_any_name_has_files_of_its_own(tmp_path, name):
     _, out, _ = run(case, tmp_path)
     assert set(read_json(out / "metrics.json")) == {name, "a_b"}
     files = {path.parent.name for path in tmp_path.rglob("*") if path.suffix in (".csv", ".svg")}
-    assert files == {"plots", "figures"}
+    assert files == {"plots", "figures", "evaluate"}
     predictions = tmp_path / "stack" / "predictions"
     assert {path.name for path in predictions.iterdir()} == {
         f"{file_stem(name)}.parquet",

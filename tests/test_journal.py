@@ -318,6 +318,7 @@ def test_looks_at_the_test_rows_are_counted_per_split(folder: Path) -> None:
 
     assert count_looks(folder, "a" * 64) == 2
     assert count_looks(folder, "b" * 64) == 1
+    assert count_looks(folder, "a" * 64, until=list_runs(folder)[0]) == 1
 
 
 def test_the_maker_of_an_out_is_found_by_stage_key(folder: Path) -> None:

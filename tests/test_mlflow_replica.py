@@ -95,7 +95,7 @@ def tell_a_run(project: Path, *, num_epochs: int = 3, is_closed: bool = True) ->
     evaluate.note("**tied**: none")
     evaluate.close("finished", exit_code=0)
     if is_closed:
-        run.results(RESULTS)
+        run.results(RESULTS, tied_with_best={"late": ["catboost"]})
         run.file(figure.rename(project / "summary.svg"))
         figure = project / "summary.svg"
         run.state(
@@ -161,7 +161,8 @@ def test_a_run_is_replicated_in_full(project: Path) -> None:
     assert train["params"] == {"depth": "6", "loss": "Logloss"}
     assert [(v, s) for v, s, _ in train["metrics"]["loss"]] == [(1 / 3, 2), (0.5, 1), (1.0, 0)]
     assert train["metrics"]["stage/peak_bytes"][0][0] == 1 << 20
-    assert train["metrics"]["test/late/roc_auc_ci_low"][0][0] == 0.911
+    assert train["metrics"]["roc_auc_ci_low"][0][0] == 0.911
+    assert train["tags"]["tied_with_best"] == "yes"
     assert train["inputs"] == [("flights", "d" * 36, "train")]
     assert train["tags"]["headrace.stage_key"] == "k" * 64
     assert "- warning: one column is constant" in train["tags"]["mlflow.note.content"]
@@ -175,6 +176,7 @@ def test_a_run_is_replicated_in_full(project: Path) -> None:
         ("flights", "e" * 36, "test, valid"),
     ]
     assert parent["tags"]["headrace.lineage"] == "l" * 64
+    assert parent["tags"]["headrace.test_looks"] == "1"
     assert "0.9213 [0.911, 0.931]" in parent["tags"]["mlflow.note.content"]
     assert by_name["reduce (reused)"]["tags"]["headrace.reused_from"] == "unknown"
     assert not list(Path.cwd().iterdir()), "MLflow wrote into the current folder"
@@ -225,14 +227,14 @@ def test_reused_stages_link_to_the_run_that_made_them(project: Path) -> None:
     first = tell_a_run(project)
     second = open_run(journal_of(project), kind="repro")
     second.state(lineage="m" * 64, stage_keys={}, unchanged={"train@catboost": first.run_id})
-    second.results(RESULTS)
+    second.results(RESULTS, tied_with_best={"late": ["catboost"]})
     second.close("finished")
     send(project)
 
     reused = next(e for e in stored(project) if e["name"] == "train@catboost (reused)")
     assert reused["params"] == {"depth": "6", "loss": "Logloss"}
     assert reused["metrics"]["loss"][0][0] == 1 / 3
-    assert reused["metrics"]["test/late/roc_auc"][0][0] == 0.9213
+    assert reused["metrics"]["roc_auc"][0][0] == 0.9213
     assert reused["tags"]["parent"] == second.run_id
     assert (
         f"reused from run [{first.run_id}](#/experiments/" in reused["tags"]["mlflow.note.content"]

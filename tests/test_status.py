@@ -124,6 +124,8 @@ def write_comparison(project: Project) -> None:
                         "nn": metric(0.69, "tied"),
                         "stack": metric(0.7, "chosen"),
                     },
+                    "best": "stack",
+                    "tied_with_best": ["nn", "stack"],
                 }
             },
         },
@@ -145,6 +147,12 @@ def test_the_end_of_a_run_names_unit_ties_lineage_and_next_step(tmp_path):
     assert [one.model for one in results(project)] == ["stack", "nn", "baseline"]
     assert "late: AUC on test rows, 95 % interval over 45 days" in text
     assert "0.7000 [0.6900, 0.7100]" in text
+    lines = [line.split("│")[1:-1] for line in text.splitlines() if "[0." in line]
+    assert [[cell.strip() for cell in line][2:] for line in lines] == [
+        ["chosen", "best"],
+        ["tied", "tied"],
+        ["worse", "worse"],
+    ]
     assert "stack was chosen without test rows; tied with it: nn" in text
     assert "1.5 GiB" in text
     assert "budget 1.0 GiB" in text

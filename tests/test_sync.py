@@ -257,6 +257,9 @@ def test_a_run_of_plain_dvc_is_completed_once(
     )
     (project.data("evaluate")).mkdir(parents=True)
     (project.data("evaluate") / "metrics.json").write_text('{"late": {}}')
+    (project.data("evaluate") / "comparison.json").write_text(
+        '{"targets": {"late": {"tied_with_best": ["nn"]}}}'
+    )
     complete_last_run(project)
     complete_last_run(project)
 
@@ -269,5 +272,6 @@ def test_a_run_of_plain_dvc_is_completed_once(
     assert len(told.lineage) == 64
     assert dict(told.reused) == {"publish": first}
     assert told.results == {"late": {}}
+    assert told.tied_with_best == {"late": ["nn"]}
     assert (told.status, told.closed) == ("finished", ended)
     assert len([event for event in told.events if event.kind == "lineage"]) == 1

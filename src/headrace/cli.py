@@ -430,6 +430,10 @@ def stage(
     if result is None:  # this process helped another one, which tells
         return
     typer.echo(str(result))
+    if name == "evaluate":
+        from headrace.commands.results import looks_sentence
+
+        typer.echo(looks_sentence(project))
     if name == "publish" and "HEADRACE_RUN_ID" not in os.environ:
         # Under plain `dvc repro` nobody comes after publish who would bring MLflow up to date.
         from headrace.commands.sync import sync_or_defer

@@ -160,9 +160,11 @@ def record_state(
         if name in keys and name not in ran and name not in stale
     }
     journal.state(lineage=lineage, stage_keys=keys, unchanged=unchanged)
-    metrics = project.data("evaluate") / "metrics.json"
-    if metrics.is_file() and "evaluate" not in stale:
-        journal.results(read_json(metrics))
+    evaluated = project.data("evaluate")
+    if (evaluated / "metrics.json").is_file() and "evaluate" not in stale:
+        targets = read_json(evaluated / "comparison.json")["targets"]
+        tied = {target: entry["tied_with_best"] for target, entry in targets.items()}
+        journal.results(read_json(evaluated / "metrics.json"), tied_with_best=tied)
     write_json(
         project.state / "lineage.json",
         {

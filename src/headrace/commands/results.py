@@ -23,6 +23,7 @@ class Result:
     low: float | None
     high: float | None
     verdict: str  # chosen, tied, better, worse, unknown
+    rank: str  # best, tied (with the best, all pairs tested), or empty
     unit: str
     num_units: int
 
@@ -79,6 +80,20 @@ def looks(project: Project) -> int | None:
     return count_looks(project.journal, str(digest)) if digest else None
 
 
+def looks_sentence(project: Project) -> str:
+    """How often the test rows have been read, as every command that reads them ends."""
+    count = looks(project)
+    if not count:
+        return "test rows of this split looked at: unknown, the journal was removed"
+    return f"test rows of this split looked at: {'once' if count == 1 else f'{count} times'}"
+
+
+def _rank(entry: Any, model: str) -> str:
+    if model == entry["best"]:
+        return "best"
+    return "tied" if model in entry["tied_with_best"] else ""
+
+
 def _result(target: str, entry: Any, primary: Any, model: str) -> Result:
     one = entry["models"][model][primary["name"]]
     return Result(
@@ -89,6 +104,7 @@ def _result(target: str, entry: Any, primary: Any, model: str) -> Result:
         low=one.get("ci_low"),
         high=one.get("ci_high"),
         verdict=one["verdict"],
+        rank=_rank(entry, model),
         unit=entry["unit"],
         num_units=entry["num_units"],
     )

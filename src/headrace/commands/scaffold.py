@@ -114,8 +114,10 @@ EVALUATE_OUTS = (
     "errors.json",
     "figures",
     "manifest.json",
+    "pairs.csv",
     "plots",
     "report.html",
+    "resamples.parquet",
 )
 
 

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from headrace.commands.pipeline import Dag
-from headrace.commands.results import Result, looks, report, results
+from headrace.commands.results import Result, looks_sentence, report, results
 from headrace.commands.settings import read_resources
 from headrace.lineage import environment_digest, lineage_id, stage_keys
 from headrace.memory import format_bytes
@@ -69,8 +69,9 @@ def _result_table(own: Sequence[Result]) -> Table:
     table.add_column("model")
     table.add_column("value [interval]", justify="right")
     table.add_column("against the chosen")
+    table.add_column("against the best")
     for one in own:
-        table.add_row(one.model, one.interval, one.verdict)
+        table.add_row(one.model, one.interval, one.verdict, one.rank or "worse")
     return table
 
 
@@ -89,12 +90,8 @@ def _tie_sentences(own: Sequence[Result]) -> list[str]:
 
 def _pointers(project: Project, dag: Dag, *, has_results: bool) -> list[str]:
     lines = []
-    count = looks(project)
-    if count:
-        times = "once" if count == 1 else f"{count} times"
-        lines.append(f"test rows of this split looked at: {times}")
-    elif has_results:
-        lines.append("test rows of this split looked at: unknown, the journal was removed")
+    if has_results:
+        lines.append(looks_sentence(project))
     keys = stage_keys(project.root / LOCK)
     lines.append(f"lineage id: {lineage_id(keys, dag.by_name, environment_digest())}")
     if path := report(project):

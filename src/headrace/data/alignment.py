@@ -15,7 +15,14 @@ import numpy.typing as npt
 from headrace.data.draws import is_sampled
 from headrace.data.predictions import stream_predictions
 from headrace.data.table import Table
-from headrace.data.truth import Truth, UnitChoice, places_of, refuse_no_weight, stream_truth
+from headrace.data.truth import (
+    Truth,
+    UnitChoice,
+    label_bytes,
+    places_of,
+    refuse_no_weight,
+    stream_truth,
+)
 from headrace.errors import DataError
 from headrace.schema import Target
 
@@ -34,13 +41,14 @@ class Counted:
 class SplitSize:
     """What one pass over a split says: its digest, as ``Truth.digest``, and how much is labelled.
 
-    ``unit`` is as in ``Truth``.
+    ``unit`` is as in ``Truth``; ``label_digest`` is that of ``label_bytes``, per target.
     """
 
     digest: str
     unit: str
     rows: Counted
     labelled: Mapping[str, Counted]  # per target
+    label_digest: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,7 @@ def measure(table: Table, split: str, *, unit: UnitChoice, key: str) -> SplitSiz
     digest = hashlib.sha256()
     names = [target.name for target in table.contract.targets]
     all_rows, labelled = _Counter(), {name: _Counter() for name in names}
+    of_labels = {name: hashlib.sha256() for name in names}
     unit_name, is_weighed = "", False
     for truth in stream_truth(table, split, unit=unit, key=key):
         digest.update(truth.row_id.astype("<i8").tobytes())
@@ -78,6 +87,7 @@ def measure(table: Table, split: str, *, unit: UnitChoice, key: str) -> SplitSiz
         is_row = unit_name == "row"
         all_rows.add(truth.unit_of_row, is_row=is_row)
         for name, counter in labelled.items():
+            of_labels[name].update(label_bytes(truth, name))
             counter.add(truth.unit_of_row[~np.isnan(truth.labels[name])], is_row=is_row)
     if not all_rows.num_rows:
         raise DataError(
@@ -86,7 +96,8 @@ def measure(table: Table, split: str, *, unit: UnitChoice, key: str) -> SplitSiz
         )
     refuse_no_weight(table.contract, split, is_any=is_weighed)
     counts = {name: counter.counted for name, counter in labelled.items()}
-    return SplitSize(digest.hexdigest(), unit_name, all_rows.counted, counts)
+    digests = {name: one.hexdigest() for name, one in of_labels.items()}
+    return SplitSize(digest.hexdigest(), unit_name, all_rows.counted, counts, digests)
 
 
 def stream_aligned(

@@ -51,6 +51,16 @@ class Truth:
         return digest_bytes(np.sort(self.row_id).astype("<i8").tobytes())
 
 
+def label_bytes(truth: Truth, target: str) -> bytes:
+    """Return labels, weights and units of the rows: with ``digest``, all that results hang on.
+
+    Of rows that follow each other the bytes do, too.
+    """
+    labels = truth.labels[target]
+    weight = np.ones(len(labels)) if truth.weight is None else truth.weight
+    return np.column_stack([labels, weight, truth.unit_of_row.view("<f8")]).astype("<f8").tobytes()
+
+
 def read_truth(
     table: Table, split: str, *, unit: UnitChoice, key: str, strata: str | None = None
 ) -> Truth:

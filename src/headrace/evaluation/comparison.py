@@ -1,8 +1,10 @@
 """Models beside each other on the same rows: each metric's interval, and paired differences.
 
-The reference is the model that was chosen without test rows. Another model is *tied* with it where
-the interval of their difference, taken on the same resamples, includes 0. Test rows describe; they
-do not choose: a model that is better here stays unchosen, and the table says so.
+Two questions, two references. Of the model that was *chosen* without test rows: another model is
+tied with it where the interval of their difference, taken on the same resamples, includes 0. Test
+rows describe; they do not choose: a model that is better here stays unchosen, and the table says
+so. And of the model that is *best* on these rows by the primary metric: all pairs are tested and
+corrected together (``pairs``), and a model is tied with the best if its test does not reject.
 """
 
 from collections.abc import Mapping
@@ -19,7 +21,8 @@ from headrace.evaluation.bootstrap import (
     difference,
     estimate,
 )
-from headrace.evaluation.metrics import METRICS, Metric, MetricName
+from headrace.evaluation.metrics import METRICS, Metric, MetricName, metric_of
+from headrace.evaluation.pairs import Pair, best_of, compare_pairs, tied_with
 from headrace.schema import Task
 
 Verdict = Literal["chosen", "tied", "better", "worse", "unknown"]
@@ -56,12 +59,33 @@ class Comparison:
     num_units: int
     num_rows: int
     num_unlabelled: int
+    confidence: float
     judged: tuple[Judged, ...]
+    pairs: Mapping[MetricName, tuple[Pair, ...]]  # of every metric of the task
 
     @property
     def models(self) -> tuple[str, ...]:
         """Names of the models, in the order they were given."""
         return tuple(dict.fromkeys(one.model for one in self.judged))
+
+    @property
+    def primary_metric(self) -> Metric:
+        """The metric the choice was made by."""
+        return metric_of(self.task, self.primary)
+
+    @property
+    def best(self) -> str | None:
+        """The model with the best primary metric on these rows; None if it has no value."""
+        points = {model: self.of(model, self.primary).estimate.value for model in self.models}
+        return best_of(points, higher_is_better=self.primary_metric.higher_is_better)
+
+    @property
+    def tied_with_best(self) -> list[str]:
+        """The best model, and those that the test rows cannot tell from it."""
+        if self.best is None:
+            return []
+        primary = self.pairs[self.primary]
+        return tied_with(self.best, self.models, primary, 1 - self.confidence)
 
     def of(self, model: str, metric: MetricName) -> Judged:
         """Return one model's metric."""
@@ -77,6 +101,16 @@ def judge(
         for model in scored
         for metric in METRICS[task]
     )
+
+
+def all_pairs(
+    scored: Mapping[str, Scored], task: Task, units: Units, resampling: Resampling
+) -> dict[MetricName, tuple[Pair, ...]]:
+    """Return every pair of models, per metric."""
+    return {
+        metric.name: compare_pairs(metric.name, scored, units, resampling)
+        for metric in METRICS[task]
+    }
 
 
 def metrics_json(comparisons: list[Comparison]) -> dict[str, Any]:
@@ -126,6 +160,11 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
             for metric in METRICS[comparison.task]
         ],
         "models": models,
+        "best": comparison.best,
+        "tied_with_best": comparison.tied_with_best,
+        "pairs": {
+            name: [_pair_json(pair) for pair in pairs] for name, pairs in comparison.pairs.items()
+        },
     }
 
 
@@ -154,6 +193,19 @@ def _verdict(change: Interval, metric: Metric) -> Verdict:
 
 def _explained(found: Interval, metric: Metric) -> Interval:
     return replace(found, reason=metric.undefined) if found.reason == UNDEFINED else found
+
+
+def _pair_json(pair: Pair) -> dict[str, Any]:
+    return {
+        "first": pair.first,
+        "second": pair.second,
+        "difference": _interval_json(pair.difference),
+        "standard_error": rounded(pair.difference.standard_error),
+        "p_value": rounded(pair.p_value),
+        "p_holm": rounded(pair.p_holm),
+        "smallest_detectable": rounded(pair.detectable),
+        "reason": pair.difference.reason,
+    }
 
 
 def _interval_json(found: Interval) -> dict[str, float | None]:

@@ -22,7 +22,7 @@ from headrace.data.alignment import Aligned, Counted, measure, read_share, strea
 from headrace.data.lookup import rows_by_id
 from headrace.data.predictions import bytes_held, read_predictions
 from headrace.data.table import Table, open_table
-from headrace.data.truth import Truth, UnitChoice, line_up, read_truth
+from headrace.data.truth import Truth, UnitChoice, label_bytes, line_up, read_truth
 from headrace.errors import ConfigError, DataError, IntegrityError, ResourceError, nearest
 from headrace.evaluation.blend import rounded
 from headrace.evaluation.bootstrap import (
@@ -35,13 +35,22 @@ from headrace.evaluation.bootstrap import (
     bytes_needed,
     require_resamples,
 )
-from headrace.evaluation.comparison import Comparison, comparison_json, judge, metrics_json
+from headrace.evaluation.comparison import (
+    Comparison,
+    all_pairs,
+    comparison_json,
+    judge,
+    metrics_json,
+)
 from headrace.evaluation.figures import Points, draw, interval_charts
 from headrace.evaluation.interpretation import Interpretation, read_interpretation
 from headrace.evaluation.metrics import MetricName, Sample
 from headrace.evaluation.page import Chart
+from headrace.evaluation.pair_section import PAIRS, pair_section, pairs_csv
+from headrace.evaluation.pairs import resamples_needed
 from headrace.evaluation.plots import pictures
 from headrace.evaluation.report import ReportInputs, TargetSection, interval_text, render_report
+from headrace.evaluation.resamples import RESAMPLES, resamples_bytes
 from headrace.evaluation.selection import STACK
 from headrace.evaluation.streaming import Part, stream_bootstrap
 from headrace.evaluation.worst import SHOWN_COLUMNS, WorstRows, worst_json, worst_rows
@@ -50,6 +59,7 @@ from headrace.params import Resources, Section
 from headrace.record import Recorder
 from headrace.schema import Contract, Target, file_stem
 from headrace.storage import (
+    digest_bytes,
     new_folder,
     read_json,
     verify_file,
@@ -61,6 +71,7 @@ from headrace.storage import (
 _SELECTION = "selection.json"
 _STATED = (
     "num_resamples",
+    "seed",
     "confidence",
     "interval",
     "stratify",
@@ -69,6 +80,7 @@ _STATED = (
     "threshold",
 )
 _UNIT_KEY = "evaluate.unit"
+_RANKS = {"best": "  best", "tied": "  tied with best", "": ""}
 _NO_ROWS = np.empty(0, np.int64)
 _DRAWN_ROWS = 50_000  # of a stream, about; charts show no more
 
@@ -121,6 +133,7 @@ class EvaluatedRow:
     is_tied: bool
     is_chosen: bool
     is_primary: bool
+    rank: Literal["best", "tied", ""]  # by the primary metric, every pair of models tested
 
 
 @dataclass(frozen=True)
@@ -139,6 +152,7 @@ class Evaluated:
             f"{row.target}  {row.model}  {row.metric} {_number(row.value)} "
             f"[{_number(row.low)}, {_number(row.high)}]"
             f"{'  chosen' if row.is_chosen else '  tied' if row.is_tied else ''}"
+            f"{_RANKS[row.rank]}"
             for row in self.rows
             if row.is_primary
         ]
@@ -160,7 +174,8 @@ def evaluate(
 ) -> Evaluated:
     """Judge ``members`` and their blend on the test rows of ``table``.
 
-    Writes metrics.json, comparison.json, errors.json, report.html, figures and plot files.
+    Writes metrics.json, comparison.json, pairs.csv, resamples.parquet, errors.json, report.html,
+    figures and plot files.
     ``profile`` is the data profile that ``extract`` wrote, ``interpretation`` the folder of
     ``interpret``; the report shows them. Test rows that do not fit the memory budget are streamed;
     then charts show a share of the rows, and there are no worst rows.
@@ -187,6 +202,12 @@ def evaluate(
         recorder.warn(
             f"the test rows have only {units}; intervals from fewer than "
             f"{FEW_UNITS} units are narrower than they should be"
+        )
+    needed = resamples_needed(len(folders), params.confidence)
+    if params.num_resamples < needed:
+        recorder.warn(
+            f"{params.num_resamples} resamples cannot tell any pair of {len(folders)} models apart "
+            f"once corrected for all pairs; set `evaluate.num_resamples` to {needed} or more"
         )
     resampling = Resampling(
         params.num_resamples, params.confidence, params.seed, resources.threads, params.interval
@@ -229,6 +250,7 @@ class _TestRows:
     units: Units
     truth: Truth | None
     labelled: Mapping[str, Counted]
+    label_digest: Mapping[str, str]  # per target: of labels, weights and units of the rows
 
 
 @dataclass(frozen=True)
@@ -241,6 +263,7 @@ class _Judgement:
 
     worst: WorstRows | None  # of the chosen model
     comparison: Comparison
+    scored: Mapping[str, Scored]
     charts: Sequence[Chart]
     points: Points
     error_bound: Mapping[str, Mapping[MetricName, float]] = field(default_factory=dict)
@@ -249,13 +272,14 @@ class _Judgement:
 def _read(source: Table, params: EvaluateParams) -> _TestRows:
     strata = _strata_column(source.contract, params)
     truth = read_truth(source, "test", unit=params.unit, key=_UNIT_KEY, strata=strata)
-    return _TestRows(truth.digest, len(truth.row_id), _units(truth, params), truth, {})
+    digests = {name: digest_bytes(label_bytes(truth, name)) for name in truth.labels}
+    return _TestRows(truth.digest, len(truth.row_id), _units(truth, params), truth, {}, digests)
 
 
 def _measure(source: Table, params: EvaluateParams) -> _TestRows:
     size = measure(source, "test", unit=params.unit, key=_UNIT_KEY)
     units = Units(size.unit, _NO_ROWS, size.rows.num_units)
-    return _TestRows(size.digest, size.rows.num_rows, units, None, size.labelled)
+    return _TestRows(size.digest, size.rows.num_rows, units, None, size.labelled, size.label_digest)
 
 
 def _judge_target(
@@ -292,7 +316,9 @@ def _judge_target(
         num_units=labelled_units.count,
         num_rows=int(is_labelled.sum()),
         num_unlabelled=int((~is_labelled).sum()),
+        confidence=params.confidence,
         judged=judge(scored, selection["chosen"], target.task, labelled_units, resampling),
+        pairs=all_pairs(scored, target.task, labelled_units, resampling),
     )
     charts, points = draw(
         target,
@@ -304,7 +330,7 @@ def _judge_target(
     )
     charts = interval_charts(comparison, scored, confidence=params.confidence) + charts
     worst = worst_rows(samples[comparison.chosen], truth.row_id[is_labelled])
-    return _Judgement(worst, comparison, charts, points)
+    return _Judgement(worst, comparison, scored, charts, points)
 
 
 def _judge_stream(
@@ -346,7 +372,9 @@ def _judge_stream(
         num_units=units.count,
         num_rows=labelled.num_rows,
         num_unlabelled=test.num_rows - labelled.num_rows,
+        confidence=params.confidence,
         judged=judge(scored, selection["chosen"], target.task, units, resampling),
+        pairs=all_pairs(scored, target.task, units, resampling),
     )
     share = min(1.0, _DRAWN_ROWS / labelled.num_rows)
     drawn = {
@@ -366,7 +394,7 @@ def _judge_stream(
     )
     bounds = {model: found.error_bound for model, found in streamed.items()}
     charts = interval_charts(comparison, scored, confidence=params.confidence) + charts
-    return _Judgement(None, comparison, charts, points, bounds)
+    return _Judgement(None, comparison, scored, charts, points, bounds)
 
 
 def _sample(target: Target, rows: Aligned) -> Sample:
@@ -409,17 +437,29 @@ def _write(
             "num_rows": test.num_rows,
             **{name: settings[name] for name in _STATED},
             "targets": {
-                one.comparison.target: comparison_json(one.comparison) | _bounds_json(one)
+                one.comparison.target: comparison_json(one.comparison)
+                | {"label_digest": test.label_digest[one.comparison.target]}
+                | _bounds_json(one)
                 for one in judged
             },
         },
+    )
+    write_file(folder / PAIRS, pairs_csv(comparisons))
+    write_file(
+        folder / RESAMPLES,
+        resamples_bytes({one.comparison.target: one.scored for one in judged}),
     )
     for one in judged:
         stem = file_stem(one.comparison.target)
         for figure in pictures(one.comparison, confidence=params.confidence):
             write_file(folder / "figures" / f"{stem}_{figure.name}.svg", figure.file_text())
     sections = [
-        TargetSection(one.comparison, selection[one.comparison.target], one.charts)
+        TargetSection(
+            one.comparison,
+            selection[one.comparison.target],
+            one.charts,
+            (pair_section(one.comparison),),
+        )
         for one in judged
     ]
     page = render_report(ReportInputs(sections, settings, digests, described))
@@ -508,24 +548,26 @@ def _record(judged: Sequence[_Judgement], out: Path, recorder: Recorder) -> None
         recorder.note(_note(comparison))
     for picture in sorted((out / "figures").iterdir()):
         recorder.file(picture, folder="figures")
-    recorder.file(out / "report.html")
+    for name in ("report.html", "comparison.json", PAIRS, RESAMPLES):
+        recorder.file(out / name)
 
 
 def _note(comparison: Comparison) -> str:
     """The target's primary metric as a Markdown table."""
-    title = next(
-        found.metric.title for found in comparison.judged if found.metric.name == comparison.primary
-    )
+    title = comparison.primary_metric.title
     units = "" if comparison.unit == "row" else f", {comparison.num_units:,} {comparison.unit}s"
     lines = [
         f"**{comparison.target}** on {comparison.num_rows:,} test rows{units}",
         "",
-        f"| model | {title} | |",
-        "|---|---|---|",
+        f"| model | {title} | against the chosen | against the best |",
+        "|---|---|---|---|",
     ]
     for model in comparison.models:
         found = comparison.of(model, comparison.primary)
-        lines.append(f"| {model} | {' '.join(interval_text(found.estimate))} | {found.verdict} |")
+        value = " ".join(interval_text(found.estimate))
+        lines.append(
+            f"| {model} | {value} | {found.verdict} | {_rank(model, comparison) or 'worse'} |"
+        )
     return "\n".join(lines)
 
 
@@ -541,7 +583,14 @@ def _rows(comparison: Comparison) -> Iterator[EvaluatedRow]:
             is_tied=found.is_tied,
             is_chosen=found.model == comparison.chosen,
             is_primary=found.metric.name == comparison.primary,
+            rank=_rank(found.model, comparison),
         )
+
+
+def _rank(model: str, comparison: Comparison) -> Literal["best", "tied", ""]:
+    if model == comparison.best:
+        return "best"
+    return "tied" if model in comparison.tied_with_best else ""
 
 
 def _read_selection(

@@ -90,6 +90,7 @@ class Run:
     stage_keys: Mapping[str, str] = field(default_factory=dict)
     reused: Mapping[str, str | None] = field(default_factory=dict)  # stage -> run that made it
     results: Mapping[str, Any] | None = None  # content of metrics.json, see ``RunJournal.results``
+    tied_with_best: Mapping[str, list[str]] = field(default_factory=dict)  # target -> models
     stages: tuple[StageRun, ...] = ()
     events: tuple[Event, ...] = ()  # of the run itself, stages excluded
     last_seq: int = 0
@@ -199,6 +200,8 @@ def read_run(path: Path) -> Run:
         stage_keys=lineage.data["stage_keys"] if lineage else {},
         reused={e.data["stage"]: e.data["made_by"] for e in own if e.kind == "stage_reused"},
         results=results.data["metrics"] if results else None,
+        # An event that an earlier version wrote says nothing of ties.
+        tied_with_best=results.data.get("tied_with_best", {}) if results else {},
         stages=_gather_stages(events),
         events=own,
         last_seq=events[-1].seq,
@@ -234,10 +237,14 @@ def made_by(folder: Path, stage: str, *, key: str | None = None) -> str | None:
     return None
 
 
-def count_looks(folder: Path, split_digest: str) -> int:
-    """Return how many executions of ``evaluate`` have read the test rows of this split."""
+def count_looks(folder: Path, split_digest: str, *, until: str | None = None) -> int:
+    """Return how many executions of ``evaluate`` have read the test rows of this split.
+
+    With ``until`` runs after that one are left out: what a run has to say of itself.
+    """
     looks = 0
-    for run_id in list_runs(folder):
+    known = list_runs(folder)
+    for run_id in known[: known.index(until) + 1] if until else known:
         path = run_path(folder, run_id)
         if split_digest.encode() not in path.read_bytes():
             continue

@@ -25,7 +25,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +106,16 @@ class RunJournal:
         for stage, maker in unchanged.items():
             self._append("stage_reused", {"stage": stage, "made_by": maker})
 
-    def results(self, metrics: Mapping[str, Any]) -> None:
-        """Record the evaluation: {target: {model: {metric: {value, ci_low, ci_high}}}}."""
-        self._append("results", {"metrics": metrics})
+    def results(
+        self, metrics: Mapping[str, Any], *, tied_with_best: Mapping[str, Sequence[str]]
+    ) -> None:
+        """Record the evaluation.
+
+        ``metrics`` is {target: {model: {metric: {value, ci_low, ci_high}}}}; ``tied_with_best`` are
+        the models, the best included, that the test rows cannot tell from the best of a target.
+        """
+        tied = {target: list(models) for target, models in tied_with_best.items()}
+        self._append("results", {"metrics": metrics, "tied_with_best": tied})
 
     def file(self, path: Path, *, folder: str = "") -> None:
         """Record a finished file as an artifact of the run itself."""

@@ -28,6 +28,7 @@ from headrace.tracking.history import (
     Event,
     Run,
     StageRun,
+    count_looks,
     kept_file,
     last_seq,
     list_runs,
@@ -47,6 +48,8 @@ STAGE_TAG = "headrace.stage"
 STAGE_RUN_TAG = "headrace.stage_run"
 SEQ_TAG = "headrace.seq"
 LINEAGE_TAG = "headrace.lineage"
+TIED_TAG = "tied_with_best"  # on the child of a model: yes, no, or the targets where it is
+LOOKS_TAG = "headrace.test_looks"  # one number for each digest of ``headrace.split_digest``
 
 _POSITIONS = "replicated.json"
 _METRICS_PER_BATCH = 1000  # MLflow's limits
@@ -197,7 +200,7 @@ class _Sender:
             started=run.opened,
             tags={RUN_ID_TAG: run.run_id, KIND_TAG: "run"},
         )
-        self._set_tags(parent, _run_tags(run))
+        self._set_tags(parent, _run_tags(run) | self._looks_tag(run))
         children = {
             stage.stage_run: self._send_stage(run, stage, parent=parent, since=since)
             for stage in run.stages
@@ -220,6 +223,13 @@ class _Sender:
                 self._send_files(parent, [event for event in told if _is_for_parent(event)])
         self._finish(parent, status=run.status, ended=run.closed)
         self._set_tags(parent, {SEQ_TAG: str(run.last_seq)})
+
+    def _looks_tag(self, run: Run) -> dict[str, str]:
+        """How often the test rows of this run had been looked at, this run included."""
+        looks = [
+            count_looks(self._folder, digest, until=run.run_id) for digest in _test_digests(run)
+        ]
+        return {LOOKS_TAG: " ".join(map(str, looks))} if looks else {}
 
     def _send_stage(self, run: Run, stage: StageRun, *, parent: str, since: int) -> str:
         child = self._find_or_create(
@@ -358,11 +368,15 @@ class _Sender:
         results = run.results or {}
         for target, models in results.items():
             for model, scores in models.items():
-                own = _flat(scores, prefix=f"test/{target}/", suffix="")
+                # In the table of runs a child stands for its model: plain names, to sort by.
+                prefix = f"{target}/" if len(results) > 1 else ""
+                own = _flat(scores, prefix=prefix, suffix="")
                 both = _flat(scores, prefix=f"test/{target}/", suffix=f"/{model}")
                 self._send_metrics(parent, _metrics(both, moment=moment, step=0))
                 if child := child_of.get(f"train@{model}", child_of.get(model, "")):
                     self._send_metrics(child, _metrics(own, moment=moment, step=0))
+                    if run.tied_with_best:
+                        self._set_tags(child, {TIED_TAG: _tied(run.tied_with_best, model)})
 
     def _set_params(self, run: str, values: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
@@ -464,14 +478,8 @@ def find_experiment(client: "MlflowClient", store: Store, name: str) -> str:
 
 def _run_tags(run: Run) -> dict[str, str]:
     tags = _common_tags(run) | {"headrace.door": run.kind, "headrace.host": run.host}
-    digests = {
-        event.data["digest"]
-        for stage in run.stages
-        for event in stage.of_kind("dataset")
-        if stage.stage == "evaluate" and event.data["context"] == "test"
-    }
-    if digests:
-        tags["headrace.split_digest"] = " ".join(sorted(digests))
+    if digests := _test_digests(run):
+        tags["headrace.split_digest"] = " ".join(digests)
     parts = [results_table(run.results)] if run.results else []
     parts += [event.data["text"] for event in run.events if event.kind == "note"]
     if run.lineage:
@@ -479,6 +487,16 @@ def _run_tags(run: Run) -> dict[str, str]:
     if parts:
         tags["mlflow.note.content"] = "\n\n".join(parts)
     return tags
+
+
+def _test_digests(run: Run) -> list[str]:
+    digests = {
+        event.data["digest"]
+        for stage in run.stages
+        for event in stage.of_kind("dataset")
+        if stage.stage == "evaluate" and event.data["context"] == "test"
+    }
+    return sorted(digests)
 
 
 def _common_tags(run: Run) -> dict[str, str]:
@@ -505,7 +523,8 @@ def _stage_tags(stage: StageRun) -> dict[str, str]:
 
 def _is_for_parent(event: Event) -> bool:
     """Tell whether a file of ``evaluate`` answers what a person opens a run for."""
-    return event.data["name"] == "report.html" or "forest" in event.data["name"]
+    name = event.data["name"]
+    return name in ("report.html", "comparison.json") or "forest" in name or "pairs" in name
 
 
 def _metrics(values: Mapping[str, Any], *, moment: float, step: int) -> "list[Metric]":
@@ -524,6 +543,14 @@ def _flat(scores: Mapping[str, Any], *, prefix: str, suffix: str) -> dict[str, f
         for part, number in score.items()
         if part in ends and number is not None
     }
+
+
+def _tied(tied_with_best: Mapping[str, Sequence[str]], model: str) -> str:
+    """Say whether ``model`` is tied with the best; of several targets, with the best of which."""
+    tied = [target for target, models in tied_with_best.items() if model in models]
+    if len(tied) in (0, len(tied_with_best)):
+        return "yes" if tied else "no"
+    return ", ".join(tied)
 
 
 def _cell(score: Mapping[str, Any]) -> str:
