@@ -532,6 +532,7 @@ def test_rows_beyond_the_budget_are_streamed_and_the_result_says_so(tmp_path):
     assert "The test rows were streamed" in recorder.notes[-1]
     assert "streamed" not in "".join(whole_recorder.notes)
     assert set(verify_folder(out)) == set(verify_folder(whole_out))  # figures and all
+    assert (out / "errors.json").read_bytes() == (whole_out / "errors.json").read_bytes()
     assert (streamed.unit, streamed.num_units, streamed.num_rows) == ("day", 30, 600)
     for target, one in found["targets"].items():
         exact = whole["targets"][target]

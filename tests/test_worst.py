@@ -7,7 +7,7 @@ from headrace.data.lookup import rows_by_id
 from headrace.data.table import open_table
 from headrace.errors import DataError
 from headrace.evaluation.metrics import Sample
-from headrace.evaluation.worst import worst_json, worst_rows
+from headrace.evaluation.worst import worst_json, worst_of, worst_rows
 from headrace.schema import Target
 from tests.evaluation_case import CARRIER, DELAY, LATE, Case
 
@@ -30,6 +30,20 @@ def test_regression_by_absolute_error_and_equal_ones_by_id():
         "loss": 0.5,
         "values": {"wind": "x"},
     }
+
+
+def test_rows_in_parts_have_the_same_worst():
+    """Whatever the parts, ties included; some parts are empty."""
+    rng = np.random.default_rng(0)
+    truth, row_id = rng.integers(0, 3, 300).astype(float), rng.permutation(300)
+    sample = Sample("multiclass", truth, rng.dirichlet([1, 1, 1], 300).round(1))
+    cuts = np.split(np.arange(300), [0, 7, 100, 100, 299])
+    whole = worst_rows(sample, row_id)
+    parts = worst_of((sample.where(cut), row_id[cut]) for cut in cuts)
+    for name in ("row_id", "truth", "prediction", "loss"):
+        assert getattr(parts, name).tolist() == getattr(whole, name).tolist()
+    with pytest.raises(ValueError, match="no parts"):
+        worst_of([])
 
 
 def test_classes_by_the_log_of_the_true_one():

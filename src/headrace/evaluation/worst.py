@@ -6,7 +6,7 @@ loss is that of one row, whatever its weight: the absolute error, or minus the n
 the true class's probability.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -45,6 +45,24 @@ def worst_rows(sample: Sample, row_id: npt.NDArray[np.int64], *, count: int = SH
         loss = log_losses(sample.truth, sample.prediction)
     order = np.lexsort((row_id, -loss))[:count]
     return WorstRows(row_id[order], sample.truth[order], sample.prediction[order], loss[order])
+
+
+def worst_of(parts: Iterable[tuple[Sample, npt.NDArray[np.int64]]]) -> WorstRows:
+    """Return ``worst_rows`` of rows that come in parts; memory stays at one."""
+    worst: WorstRows | None = None
+    for sample, row_id in parts:
+        found = worst_rows(sample, row_id)
+        if worst is not None:
+            both = Sample(
+                sample.task,
+                np.concatenate([worst.truth, found.truth]),
+                np.concatenate([worst.prediction, found.prediction]),
+            )
+            found = worst_rows(both, np.concatenate([worst.row_id, found.row_id]))
+        worst = found
+    if worst is None:
+        raise ValueError("no parts; expected rows")
+    return worst
 
 
 def worst_json(

@@ -53,7 +53,7 @@ from headrace.evaluation.report import ReportInputs, TargetSection, interval_tex
 from headrace.evaluation.resamples import RESAMPLES, resamples_bytes
 from headrace.evaluation.selection import STACK
 from headrace.evaluation.streaming import Part, stream_bootstrap
-from headrace.evaluation.worst import SHOWN_COLUMNS, WorstRows, worst_json, worst_rows
+from headrace.evaluation.worst import SHOWN_COLUMNS, WorstRows, worst_json, worst_of, worst_rows
 from headrace.memory import format_bytes
 from headrace.params import Resources, Section
 from headrace.record import Recorder
@@ -178,7 +178,7 @@ def evaluate(
     figures and plot files.
     ``profile`` is the data profile that ``extract`` wrote, ``interpretation`` the folder of
     ``interpret``; the report shows them. Test rows that do not fit the memory budget are streamed;
-    then charts show a share of the rows, and there are no worst rows.
+    then charts of predictions show a share of them.
 
     Raises:
         ConfigError: strata or blocks that the test rows do not have.
@@ -257,11 +257,11 @@ class _TestRows:
 class _Judgement:
     """All that is known of one target; ``points`` are the lines of its plot files.
 
-    Of a stream there are no worst rows, charts and points are of a share of the rows, and bounds
-    say how far its bins of scores can have moved each model's metrics.
+    Of a stream, charts and points are of a share of the rows, and bounds say how far its bins of
+    scores can have moved each model's metrics.
     """
 
-    worst: WorstRows | None  # of the chosen model
+    worst: WorstRows  # of the chosen model
     comparison: Comparison
     scored: Mapping[str, Scored]
     charts: Sequence[Chart]
@@ -348,13 +348,15 @@ def _judge_stream(
     _require_labels(target, labelled.num_rows, test.num_rows)
     units = replace(test.units, count=labelled.num_units)
 
-    def read(folder: Path) -> Iterator[Part]:
-        for rows in stream_aligned(source, folder, target, "test", unit=params.unit, key=_UNIT_KEY):
-            yield Part(_sample(target, rows), rows.unit_key)
+    def read(folder: Path) -> Iterator[Aligned]:
+        return stream_aligned(source, folder, target, "test", unit=params.unit, key=_UNIT_KEY)
+
+    def parts(folder: Path) -> Iterator[Part]:
+        return (Part(_sample(target, rows), rows.unit_key) for rows in read(folder))
 
     streamed = {
         model: stream_bootstrap(
-            partial(read, folder),
+            partial(parts, folder),
             target.task,
             resampling,
             threshold=params.threshold,
@@ -394,7 +396,9 @@ def _judge_stream(
     )
     bounds = {model: found.error_bound for model, found in streamed.items()}
     charts = interval_charts(comparison, scored, confidence=params.confidence) + charts
-    return _Judgement(None, comparison, scored, charts, points, bounds)
+    chosen = read(folders[comparison.chosen])
+    worst = worst_of((_sample(target, rows), rows.row_id) for rows in chosen)
+    return _Judgement(worst, comparison, scored, charts, points, bounds)
 
 
 def _sample(target: Target, rows: Aligned) -> Sample:
@@ -480,8 +484,6 @@ def _write_errors(
     contract = source.contract
     targets = {}
     for one in judged:
-        if one.worst is None:
-            continue
         name = one.comparison.target
         most = interpreted.most(name, SHOWN_COLUMNS) if interpreted else contract.features
         columns = list(dict.fromkeys((*contract.named("key"), *most[:SHOWN_COLUMNS])))
@@ -511,8 +513,7 @@ def _streamed_note(judged: Sequence[_Judgement]) -> str:
     return (
         f"The test rows were streamed: intervals are from Poisson resamples, rankings from bins of "
         f"scores (a value is within {max(bounds):.2g} of the exact one). Charts show about "
-        f"{_DRAWN_ROWS:,} rows at most, and there are no worst rows. With a larger "
-        f"`resources.memory_budget` all rows are used."
+        f"{_DRAWN_ROWS:,} rows at most; with a larger `resources.memory_budget` they show all."
     )
 
 
