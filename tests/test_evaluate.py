@@ -217,7 +217,7 @@ def test_metrics_notes_and_figures_are_recorded(done):
     } <= names
     assert all(np.isfinite(value) for _, value, _ in recorder.recorded_metrics)
     assert any("| sharp | 0." in note and "30 days" in note for note in recorder.notes)
-    assert (out / "report.html", "") in recorder.files
+    assert (out / "figures" / "late_forest.svg", "figures") in recorder.files
     assert all(path.is_file() for path, _ in recorder.files)
 
 

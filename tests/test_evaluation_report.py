@@ -8,8 +8,9 @@ from sklearn.metrics import roc_auc_score
 
 from headrace.evaluation import charts, curves
 from headrace.evaluation.bootstrap import Interval, Units
+from headrace.evaluation.identity import identified
 from headrace.evaluation.page import Chart, Section, Table
-from headrace.evaluation.report import ReportInputs, identified, interval_text, render_report
+from headrace.evaluation.report import ReportInputs, interval_text, render_report
 
 SETTINGS = {"confidence": 0.95, "num_resamples": 200, "threshold": 0.5}
 

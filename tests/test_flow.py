@@ -25,8 +25,10 @@ from headrace.commands.run import run_pipeline
 from headrace.commands.servers import free_port, prefect_server
 from headrace.commands.supervise import Group
 from headrace.errors import DataError, DependencyError, HeadraceError
+from headrace.evaluation.identity import EMPTY
 from headrace.project import Project
-from headrace.tracking.history import list_runs, read_run, run_path
+from headrace.storage import write_file, write_json
+from headrace.tracking.history import kept_file, list_runs, read_run, run_path
 from tests.toy import STAGES, edit, make_toy, shared_prefect_home
 
 slow = pytest.mark.slow
@@ -336,6 +338,10 @@ def test_the_lineage_of_a_run_is_written_beside_it(tmp_path):
     project = make_toy(tmp_path)
     repro_here(project)
     dag = read_dag(project)
+    write_json(project.data("evaluate") / "metrics.json", {})
+    write_json(project.data("evaluate") / "comparison.json", {"targets": {}})
+    page = project.data("evaluate") / "report.html"
+    write_file(page, f"<p>all</p>{EMPTY}")
     with journaled(project, "flow") as journal:
         lineage = record_state(project, dag, journal)
 
@@ -345,3 +351,9 @@ def test_the_lineage_of_a_run_is_written_beside_it(tmp_path):
     assert set(run.stage_keys) == set(STAGES)
     assert set(run.reused) == set(STAGES)
     assert beside["run"] == journal.run_id
+    (told,) = [event.data for event in run.events if event.kind == "file"]
+    kept = kept_file(project.journal, told["sha256"]).read_text()
+    assert told["name"] == "report.html"
+    assert f"<dt>lineage id</dt><dd>{lineage}</dd>" in kept
+    assert journal.run_id in kept
+    assert page.read_text() == f"<p>all</p>{EMPTY}"  # the stage's own is as it was

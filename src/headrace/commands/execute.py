@@ -32,11 +32,13 @@ from headrace.commands.pipeline import (
     outcome,
     stage_command,
 )
+from headrace.commands.results import looks, report
 from headrace.commands.supervise import Group, run
 from headrace.errors import ResourceError, Stopped, explain
+from headrace.evaluation.identity import identified
 from headrace.lineage import environment_digest, lineage_id, stage_keys
 from headrace.project import LOCK, Project
-from headrace.storage import read_json, write_json
+from headrace.storage import read_json, write_file, write_json
 from headrace.tracking.history import RUN_ID_VARIABLE, RunKind, made_by, read_run, run_path
 from headrace.tracking.journal import RunJournal, close_stale, open_run
 
@@ -165,6 +167,7 @@ def record_state(
         targets = read_json(evaluated / "comparison.json")["targets"]
         tied = {target: entry["tied_with_best"] for target, entry in targets.items()}
         journal.results(read_json(evaluated / "metrics.json"), tied_with_best=tied)
+        _keep_report(project, journal, lineage=lineage, commit=entry.commit, dirty=entry.dirty)
     write_json(
         project.state / "lineage.json",
         {
@@ -178,6 +181,26 @@ def record_state(
         },
     )
     return lineage
+
+
+def _keep_report(
+    project: Project, journal: RunJournal, *, lineage: str, commit: str | None, dirty: str | None
+) -> None:
+    """Keep a copy of the report that says which run it belongs to; the stage's own does not."""
+    page = report(project)
+    if page is None:
+        return
+    count = looks(project)
+    facts = {
+        "lineage id": lineage,
+        "run": journal.run_id,
+        "commit": (commit or "none") + (", with uncommitted changes" if dirty else ""),
+        "looks at these test rows": "unknown" if count is None else str(count),
+    }
+    copy = project.state / page.name
+    write_file(copy, identified(page.read_text(encoding="utf-8"), facts))
+    journal.file(copy)
+    copy.unlink()
 
 
 def measured(project: Project, run_id: str) -> Mapping[str, int]:

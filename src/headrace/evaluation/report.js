@@ -95,19 +95,21 @@
     });
 
   // --- layout ---------------------------------------------------------------------------------
-  const axis = (colours, node) => ({
+  const axis = (colours) => ({
     automargin: true, gridcolor: colours.line, linecolor: colours.line,
     zeroline: false, zerolinecolor: colours.soft,
-    tickcolor: colours.line, showline: true, ticks: "outside", ticklen: 4, nticks: node.clientWidth < 420 ? 5 : 7,
+    tickcolor: colours.line, showline: true, ticks: "outside", ticklen: 4,
   });
   const laidOut = (node, spec, colours, state) => {
     const { choices, ...own } = spec.layout;
     let layout = deep(own, choices?.[state.choice]);
     for (const key of Object.keys(layout)) {
       if (!/^[xy]axis\d*$/.test(key)) continue;
-      layout[key] = deep(axis(colours, node), layout[key]);
-      const isNumber = key[0] === "x" && layout[key].type !== "category";
-      if (isNumber) layout[key].tickangle ??= 0; // slanted numbers are hard to read
+      layout[key] = deep(axis(colours), layout[key]);
+      const isNames = spec.traces.some((trace) => typeof trace[key[0]]?.[0] === "string");
+      if (!isNames) { // few numbers, upright; but every name
+        layout[key] = { tickangle: 0, nticks: node.clientWidth < 420 ? 5 : 8, ...layout[key] };
+      }
       layout[key].title = deep({ standoff: 10, font: { size: 12.5, color: colours.soft } },
         layout[key].title);
     }

@@ -3,7 +3,7 @@
 The template ``report.html.jinja`` beside this module holds the markup, ``report.css`` the looks and
 ``report.js`` what answers to the pointer; here numbers become text. Plotly's own library, 5 MB of
 JavaScript, is part of the file. Nothing that differs between identical runs is written: no time,
-host, path, commit or run id. What a copy may know of its run goes in later, see ``identified``.
+host, path, commit or run id. What a copy may know of its run goes in later, see ``identity``.
 """
 
 import html
@@ -22,6 +22,7 @@ from headrace.evaluation.bootstrap import FEW_UNITS, Interval
 from headrace.evaluation.charts import best_first
 from headrace.evaluation.comparison import Comparison, Judged
 from headrace.evaluation.curves import FINER
+from headrace.evaluation.identity import EMPTY
 from headrace.evaluation.metrics import METRICS, Metric
 from headrace.evaluation.page import Cell, Chart, Section, Table
 from headrace.evaluation.profile_table import profile_table
@@ -33,7 +34,6 @@ _MARKS = {
     "worse": ("▽", "worse than the chosen model: the interval of their difference excludes 0"),
     "unknown": ("?", "the difference to the chosen model has no interval"),
 }
-_IDENTITY = '<dl id="identity" hidden></dl>'
 
 
 @dataclass(frozen=True)
@@ -88,25 +88,11 @@ def render_report(inputs: ReportInputs) -> str:
         profile=profile_table(inputs.profile) if inputs.profile else None,
         marks=_MARKS,
         confidence=f"{inputs.settings['confidence']:.0%}",
-        identity=Markup(_IDENTITY),
+        identity=Markup(EMPTY),
         finer=FINER,
         charts=_script_json({name: _chart_json(chart) for name, chart in drawn.items()}),
         plotly=Markup(_plotly()) if drawn else "",
     )
-
-
-def identified(page: str, facts: Mapping[str, str]) -> str:
-    """Return a copy of ``page`` that says what only a finished run knows, such as its lineage id.
-
-    Raises:
-        ValueError: if the page was not made by ``render_report``, or says it already.
-    """
-    if page.count(_IDENTITY) != 1:
-        raise ValueError("the page has no free place for the run's identity; render it anew")
-    said = "".join(
-        f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>" for name, text in facts.items()
-    )
-    return page.replace(_IDENTITY, f'<dl id="identity">{said}</dl>')
 
 
 def interval_text(found: Interval) -> tuple[str, str]:

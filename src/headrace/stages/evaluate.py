@@ -549,7 +549,7 @@ def _record(judged: Sequence[_Judgement], out: Path, recorder: Recorder) -> None
         recorder.note(_note(comparison))
     for picture in sorted((out / "figures").iterdir()):
         recorder.file(picture, folder="figures")
-    for name in ("report.html", "comparison.json", PAIRS, RESAMPLES):
+    for name in ("comparison.json", PAIRS, RESAMPLES):
         recorder.file(out / name)
 
 

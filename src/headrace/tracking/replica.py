@@ -522,9 +522,12 @@ def _stage_tags(stage: StageRun) -> dict[str, str]:
 
 
 def _is_for_parent(event: Event) -> bool:
-    """Tell whether a file of ``evaluate`` answers what a person opens a run for."""
+    """Tell whether a file of ``evaluate`` answers what a person opens a run for.
+
+    The report is not among them: the run has a copy of its own, which says what run it is.
+    """
     name = event.data["name"]
-    return name in ("report.html", "comparison.json") or "forest" in name or "pairs" in name
+    return name == "comparison.json" or "forest" in name or "pairs" in name
 
 
 def _metrics(values: Mapping[str, Any], *, moment: float, step: int) -> "list[Metric]":
