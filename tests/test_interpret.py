@@ -181,7 +181,7 @@ def test_columns_alike_are_grouped_and_told(tmp_path):
 
 
 def test_wide_tables_and_large_bags_are_judged_on_fewer_rows(case, tmp_path, monkeypatch):
-    monkeypatch.setattr("headrace.stages.interpret._PREDICTIONS", 4 * 2 * 14 * 130)
+    monkeypatch.setattr("headrace.stages.interpret._VALUES", 4 * 4 * 2 * 14 * 130)
     monkeypatch.setattr("headrace.stages.interpret._LEAST_ROWS", 10)
     run(case, tmp_path / "out")
 

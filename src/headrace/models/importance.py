@@ -18,6 +18,7 @@ the judged rows alone it covers 84 %. Not covered: another training would give a
 Legend: N rows, K shuffled things (columns or groups), R repeats, B resamples.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -40,6 +41,7 @@ from headrace.schema import Target
 
 Importances: TypeAlias = dict[str, dict[str, Interval]]  # by target and name
 
+_CALL_VALUES = 6_000_000  # rows x columns that a model is asked about at a time
 TOGETHER = 0.9  # columns with a larger rank correlation are shuffled together, too
 
 
@@ -83,9 +85,16 @@ def permutation_importances(
     orders = [rng.permutation(len(rows)) for _ in range(repeats)]
     whole = row_losses(predict(rows.inputs), rows.labels, targets)
     growth = {target: np.empty((repeats, len(rows), len(shuffled))) for target in whole}
-    for k, columns in enumerate(shuffled.values()):
-        copies = pa.concat_tables([with_rows_of(rows.inputs, columns, order) for order in orders])
-        for r, values in enumerate(in_parts(predict(copies), repeats)):
+    asked = list(itertools.product(enumerate(shuffled.values()), enumerate(orders)))
+    # Several shuffles at once: a call takes as long for a few rows of many columns as for more.
+    size = max(1, _CALL_VALUES // (len(rows) * rows.inputs.num_columns))
+    for start in range(0, len(asked), size):
+        together = asked[start : start + size]
+        copies = [
+            with_rows_of(rows.inputs, columns, order) for (_, columns), (_, order) in together
+        ]
+        parts = in_parts(predict(pa.concat_tables(copies)), len(copies))
+        for ((k, _), (r, _)), values in zip(together, parts, strict=True):
             for target, loss in row_losses(values, rows.labels, targets).items():
                 growth[target][r, :, k] = loss - whole[target]
     return {

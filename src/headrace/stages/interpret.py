@@ -11,10 +11,11 @@ columns would train again. Within ``evaluate``, which holds predictions and no m
 of an interval would ask all models again, and evaluate would need torch and catboost.
 
 Rows, values on a grid and shuffles are bounded, whatever the size of the table. So is the work of
-wide tables, large bags and many models: 3,000,000 predictions by single fits for the importances,
-then fewer rows are judged. SHAP takes half a millisecond per tree. With 24 numbers, 9 categories,
-two targets, one fit of catboost (400 trees), one of nn and a bag of the baseline, all of it takes 9
-CPU seconds, a third of them imports.
+wide tables, large bags and many models: single fits read 100 million values for the importances,
+with more to read fewer rows are judged, but 200 at least: 500 numbers take 5 CPU seconds per fit of
+trees. SHAP takes half a millisecond per tree. With 24 numbers, 9 categories, two targets, one fit
+of catboost (400 trees), one of nn and a bag of the baseline, all of it takes 9 CPU seconds, a third
+of them imports.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
 IMPORTANCES, SHAP = "importances.json", "shap.json"
 ATTENTION, DEPENDENCE = "attention.json", "dependence.json"
 _SELECTION = "selection.json"
-_PREDICTIONS = 3_000_000  # of single fits, for the importances of all models
+_VALUES = 100_000_000  # that single fits read for the importances of all models
 _LEAST_ROWS = 200
 _SHAP_ROWS, _SHAP_COLUMNS, _SHAP_POINTS = 500, 10, 200
 _ATTENTION_ROWS = 1000
@@ -351,8 +352,9 @@ def _num_rows(
 ) -> int:
     """Return how many rows are judged: fewer where there are many columns or fits to ask."""
     fits = sum(len(read_json(path / MODEL_JSON)["members"] or [""]) for path in members.values())
-    asked = (len(contract.features) + len(groups)) * params.repeats * fits
-    return min(params.rows, max(_LEAST_ROWS, _PREDICTIONS // asked))
+    num_columns = len(contract.features)
+    values_per_row = (num_columns + len(groups)) * params.repeats * num_columns * fits
+    return min(params.rows, max(_LEAST_ROWS, _VALUES // values_per_row))
 
 
 def _first_rows(source: Table, count: int) -> pa.Table:
