@@ -8,6 +8,7 @@ from headrace.errors import ConfigError, IntegrityError
 from headrace.models.protocol import load_model, model_section
 from headrace.params import Resources
 from headrace.record import MemoryRecorder
+from headrace.stages.evaluate import EvaluateParams, evaluate
 from headrace.stages.interpret import InterpretParams, interpret
 from headrace.stages.stack import StackParams, stack
 from headrace.stages.train import train
@@ -206,3 +207,24 @@ def test_a_damaged_model_is_refused(case, tmp_path):
     (tmp_path / "catboost").mkdir()
     with pytest.raises(IntegrityError):
         run((case[0], {"catboost": tmp_path / "catboost"}), tmp_path / "out")
+
+
+def test_the_report_shows_it(case, out, tmp_path):
+    """Sections of every target, and of the run; the worst errors show the most important columns.
+
+    Another interval of the metrics asks no model again: the files of interpret are only read.
+    """
+    root, members = case
+    evaluate(
+        root / "reduce", members, root / "stack", tmp_path / "evaluate",
+        EvaluateParams(num_resamples=200), interpretation=out, **told(),
+    )  # fmt: skip
+    page = (tmp_path / "evaluate" / "report.html").read_text()
+    errors = read_json(tmp_path / "evaluate" / "errors.json")["targets"]
+
+    for number in (1, 2, 3):
+        for anchor in ("importance", "partial-dependence", "errors"):
+            assert f'id="target-{number}-{anchor}"' in page
+    assert 'id="run-attention"' in page
+    assert set(errors["delay"]["columns"]) == {"distance", "carrier", "wind", "gate"}
+    assert set(errors["delay"]["columns"][:2]) == {"distance", "carrier"}

@@ -29,6 +29,8 @@ CONTRACT = Contract(
     targets=(DELAY, LATE, CLASS),
 )
 
+MODELS = ("stack", "trees", "baseline")
+
 
 def one(value, low, high):
     return {"value": value, "ci_low": low, "ci_high": high}
@@ -74,7 +76,7 @@ def charts(section: Section):
 
 @pytest.mark.parametrize("target", [DELAY, LATE, CLASS])
 def test_every_axis_has_a_name_and_every_chart_its_words(target):
-    sections = interpretation_sections(found(target), target, CONTRACT)
+    sections = interpretation_sections(found(target), target, CONTRACT, MODELS)
     sections.append(attention_section(found(target)))
 
     assert [section.anchor for section in sections] == [
@@ -91,12 +93,13 @@ def test_every_axis_has_a_name_and_every_chart_its_words(target):
 
 def test_importances_are_ranked_by_the_best_single_model():
     """Groups stand among columns; who uses nothing is said and not drawn."""
-    section, _ = interpretation_sections(found(DELAY), DELAY, CONTRACT)
-    (bars,) = charts(section)["permutation_importance"].traces
+    section, _ = interpretation_sections(found(DELAY), DELAY, CONTRACT, MODELS)
+    (points,) = charts(section)["permutation_importance"].traces
 
-    assert bars["y"] == ["far + gate", "far", "gate"]
-    assert bars["error_x"]["array"] == pytest.approx([0.1, 0.2, 0.1])
-    assert bars["error_x"]["arrayminus"] == pytest.approx([0.2, 0.1, 0.2])
+    assert points["customdata"] == ["far + gate", "far", "gate"]
+    assert (points["name"], points["tone"]) == ("trees", 1)
+    assert points["error_x"]["array"] == pytest.approx([0.1, 0.2, 0.1])
+    assert points["error_x"]["arrayminus"] == pytest.approx([0.2, 0.1, 0.2])
     assert section.tables[0].rows[1] == ("far", "trees", 0.5, 0.4, 0.7)
     text = " ".join(section.text)
     assert "300 valid rows of 30 days" in text
@@ -106,7 +109,7 @@ def test_importances_are_ranked_by_the_best_single_model():
 
 
 def test_points_are_coloured_by_the_columns_value():
-    section, _ = interpretation_sections(found(LATE), LATE, CONTRACT)
+    section, _ = interpretation_sections(found(LATE), LATE, CONTRACT, MODELS)
     chart = charts(section)["shap_trees"]
     coloured, plain = chart.traces
 
@@ -114,7 +117,7 @@ def test_points_are_coloured_by_the_columns_value():
     assert (coloured["x"], plain["x"]) == ([1.0, 1.0], [-2.0])
     assert coloured["y"][0] != coloured["y"][1]
     assert "log-odds" in chart.layout["xaxis"]["title"]["text"]
-    several, _ = interpretation_sections(found(CLASS), CLASS, CONTRACT)
+    several, _ = interpretation_sections(found(CLASS), CLASS, CONTRACT, MODELS)
     assert "shap_trees" not in charts(several)
     assert several.tables[1].rows[0] == ("far", 1.3)
 
@@ -123,16 +126,17 @@ def test_attention_is_drawn_by_step_and_by_what_is_predicted():
     section = attention_section(found(DELAY))
     drawn = charts(section)
 
-    assert drawn["masks_tabnet_1"].traces[0]["z"] == [[1.0, 0.8], [0.0, 0.2]]
-    assert "gate in step 1, correlation -0.50" in drawn["attention_tabnet_0"].alternative
-    assert "attention_tabnet_1" not in drawn
+    (step,) = drawn["masks_tabnet"].traces
+    assert (step["choice"], step["z"]) == ("step 1", [[1.0, 0.8], [0.0, 0.2]])
+    assert drawn["attention_tabnet"].alternative == "y: most with gate in step 1 (-0.50)"
+    assert [trace["choice"] for trace in drawn["attention_tabnet"].traces] == ["y"]
     nothing = replace(found(DELAY), attention={"num_rows": 2, "models": {}})
     assert attention_section(nothing) is None
 
 
 def test_dependence_is_in_the_columns_unit():
     """A range of more than three decades is logarithmic; missing is a category."""
-    _, section = interpretation_sections(found(DELAY), DELAY, CONTRACT)
+    _, section = interpretation_sections(found(DELAY), DELAY, CONTRACT, MODELS)
     far, gate = section.charts
 
     assert far.layout["xaxis"] == {"title": {"text": "far (miles)"}, "type": "log"}
@@ -142,9 +146,9 @@ def test_dependence_is_in_the_columns_unit():
     assert gate.layout["xaxis"]["type"] == "category"
     assert gate.traces[0]["x"] == ["a", "(missing)", "b"]
     near = found(DELAY, grid=(-1.0, 0.0, 5000.0))
-    _, section = interpretation_sections(near, DELAY, CONTRACT)
+    _, section = interpretation_sections(near, DELAY, CONTRACT, MODELS)
     assert "type" not in section.charts[0].layout["xaxis"]
-    _, section = interpretation_sections(found(CLASS), CLASS, CONTRACT)
+    _, section = interpretation_sections(found(CLASS), CLASS, CONTRACT, MODELS)
     assert [trace["name"] for trace in section.charts[1].traces] == ["a", "b", "c"]
 
 

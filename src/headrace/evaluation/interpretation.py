@@ -1,16 +1,16 @@
 """What the stage ``interpret`` found, and the worst errors, as sections of the report."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from headrace.errors import IntegrityError
 from headrace.evaluation.interpretation_charts import (
-    correlation_charts,
+    correlation_chart,
     dependence_chart,
     importance_chart,
-    mask_charts,
+    mask_chart,
     ranked_shares,
     shap_chart,
 )
@@ -71,10 +71,13 @@ def read_interpretation(folder: Path) -> Interpretation:
 
 
 def interpretation_sections(
-    found: Interpretation, target: Target, contract: Contract
+    found: Interpretation, target: Target, contract: Contract, models: Sequence[str]
 ) -> list[Section]:
-    """Return what is known of one target: importances with SHAP values, partial dependence."""
-    sections = [_importance_section(found, target)] if found.ranked(target.name) else []
+    """Return what is known of one target: importances with SHAP values, partial dependence.
+
+    ``models`` are those of the report, in its order, which is that of their colours.
+    """
+    sections = [_importance_section(found, target, models)] if found.ranked(target.name) else []
     entries = found.dependence["targets"][target.name]["columns"]
     return [*sections, _dependence_section(found, target, contract)] if entries else sections
 
@@ -97,7 +100,8 @@ def attention_section(found: Interpretation) -> Section | None:
         charts=tuple(
             chart
             for model, own in models.items()
-            for chart in (*mask_charts(model, own), *correlation_charts(model, own))
+            for chart in (mask_chart(model, own), correlation_chart(model, own))
+            if chart is not None
         ),
     )
 
@@ -142,7 +146,7 @@ def _predicted(row: Mapping[str, Any], target: Target) -> tuple[Cell, ...]:
     return max(target.labels, key=lambda label: prediction[label]), prediction[row["truth"]]
 
 
-def _importance_section(found: Interpretation, target: Target) -> Section:
+def _importance_section(found: Interpretation, target: Target, order: Sequence[str]) -> Section:
     content = found.importances
     ranked = found.ranked(target.name)[:_SHOWN]
     best = found.best_single(target.name)
@@ -154,7 +158,13 @@ def _importance_section(found: Interpretation, target: Target) -> Section:
         if model == best or any(one["value"] for one in own.values())
     }
     charts = [
-        importance_chart(used, ranked, axis=_loss_axis(target), confidence=content["confidence"])
+        importance_chart(
+            used,
+            ranked,
+            tones={model: order.index(model) for model in used},
+            axis=_loss_axis(target),
+            confidence=content["confidence"],
+        )
     ]
     for model, own in found.shap["models"].items():
         chart = shap_chart(model, own[target.name], unit=_shap_unit(target))
@@ -251,7 +261,8 @@ def _dependence_section(found: Interpretation, target: Target, contract: Contrac
             f"about rows that may not exist.",
         ),
         charts=tuple(
-            dependence_chart(one, labels or (target.name,), axis=axis) for one in entry["columns"]
+            dependence_chart(number, one, labels or (target.name,), axis=axis)
+            for number, one in enumerate(entry["columns"], start=1)
         ),
     )
 

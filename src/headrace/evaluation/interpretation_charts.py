@@ -5,39 +5,44 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from headrace.evaluation.canvas import COLOURS, colour
+from headrace.evaluation.canvas import COLOURS
 from headrace.evaluation.page import Chart
 
 Content = Mapping[str, Any]
 
 _SHOWN = 12  # columns in a chart
-_GREY = "#8a8f98"
 _LOG_RANGE = 1000  # an axis whose largest value is so many times its smallest is logarithmic
 _BINS = 40  # of SHAP values, in each of which points are laid side by side
 _LOW_TO_HIGH = [[0, COLOURS[0]], [1, COLOURS[1]]]
 _LESS_TO_MORE = [[0, COLOURS[1]], [0.5, "rgba(128,128,128,0.08)"], [1, COLOURS[0]]]
-_NONE_TO_ALL = [[0, "rgba(128,128,128,0.08)"], [1, COLOURS[0]]]
 
 
 def importance_chart(
-    found: Mapping[str, Content], names: Sequence[str], *, axis: str, confidence: float
+    found: Mapping[str, Content],
+    names: Sequence[str],
+    *,
+    tones: Mapping[str, int],
+    axis: str,
+    confidence: float,
 ) -> Chart:
-    """Bars with intervals, of each model's importances of ``names``, the first on top."""
+    """Points with intervals, of each model's importances of ``names``, the first on top.
+
+    ``tones`` are the models' colours.
+    """
     shown = list(names)[:_SHOWN]
+    apart = 0.7 / len(found)
     traces = [
         {
-            "type": "bar",
-            "orientation": "h",
+            "type": "scatter",
+            "mode": "markers",
             "name": model,
-            "y": shown,
+            "tone": tones[model],
             "x": [of_model[name]["value"] for name in shown],
-            "error_x": {
-                "type": "data",
-                "symmetric": False,
-                "thickness": 1,
-                **_errors(of_model, shown),
-            },
-            "marker": {"color": colour(number)},
+            "y": [place + apart * (number - (len(found) - 1) / 2) for place in range(len(shown))],
+            "customdata": shown,
+            "hovertemplate": "%{customdata}: %{x:.3g}",
+            "error_x": {"type": "data", "symmetric": False, **_errors(of_model, shown)},
+            "marker": {"size": 7},
         }
         for number, (model, of_model) in enumerate(found.items())
     ]
@@ -45,14 +50,18 @@ def importance_chart(
     said = ", ".join(f"{name} {found[first][name]['value']:.3g}" for name in shown[:5])
     return Chart(
         name="permutation_importance",
-        title="Permutation importance",
+        title=f"Permutation importance, {confidence:.0%} intervals",
         alternative=f"Growth of the loss when shuffled, {first}: {said}",
         traces=tuple(traces),
         layout={
-            "barmode": "group",
-            "xaxis": {"title": {"text": f"{axis}, {confidence:.0%} interval"}, "zeroline": True},
-            "yaxis": {"title": {"text": "column or group"}, "autorange": "reversed"},
-            "height": 160 + len(shown) * (16 + 14 * len(traces)),
+            "xaxis": {"title": {"text": axis}, "zeroline": True},
+            "yaxis": {
+                "title": {"text": "column or group"},
+                "tickvals": list(range(len(shown))),
+                "ticktext": shown,
+                "autorange": "reversed",
+            },
+            "height": 150 + len(shown) * (14 + 10 * len(found)),
         },
         is_wide=True,
     )
@@ -115,7 +124,8 @@ def shap_chart(model: str, found: Content, *, unit: str) -> Chart | None:
             "name": "categories and missing values",
             "x": plain["x"],
             "y": plain["y"],
-            "marker": {"size": 4, "color": _GREY},
+            "tone": "soft",
+            "marker": {"size": 4},
         },
     ]
     said = ", ".join(f"{name} {value:.3g}" for name, value in ranked[:5])
@@ -162,67 +172,73 @@ def _side_by_side(values: Sequence[float]) -> list[float]:
     return offsets
 
 
-def mask_charts(model: str, found: Content) -> list[Chart]:
-    """A heat map per step: how attention is shared among columns in the first rows."""
+def mask_chart(model: str, found: Content) -> Chart:
+    """A heat map per step, to choose from: attention shared among columns in the first rows."""
     ranked = ranked_shares(found["shares"])[:5]
     shares = ", ".join(f"{name} {share:.0%}" for name, share in ranked)
-    return [
-        Chart(
-            name=f"masks_{model}_{step}",
-            title=f"Attention of {model}, step {step}",
-            alternative=f"Share of attention by column and row. Over all steps: {shares}",
-            traces=(
-                {
-                    "type": "heatmap",
-                    "z": mask,
-                    "x": list(range(1, len(mask[0]) + 1)),
-                    "y": found["columns"],
-                    "zmin": 0,
-                    "zmax": 1,
-                    "colorscale": _NONE_TO_ALL,
-                    "colorbar": {"title": {"text": "share"}},
-                },
-            ),
-            layout=_heat_layout("row (the first of the sample)", found["columns"]),
-        )
-        for step, mask in enumerate(found["masks"], start=1)
-    ]
+    return Chart(
+        name=f"masks_{model}",
+        title=f"Attention of {model} in single rows",
+        alternative=f"Share of a step's attention by column and row. Over all steps: {shares}",
+        traces=tuple(
+            {
+                "type": "heatmap",
+                "choice": f"step {step}",
+                "z": mask,
+                "x": list(range(1, len(mask[0]) + 1)),
+                "y": found["columns"],
+                "zmin": 0,
+                "zmax": 1,
+                "colorbar": {"title": {"text": "share"}},
+            }
+            for step, mask in enumerate(found["masks"], start=1)
+        ),
+        layout=_heat_layout("row (the first of the sample)", found["columns"]),
+    )
 
 
-def correlation_charts(model: str, found: Content) -> list[Chart]:
-    """A heat map per predicted number: how attention goes with it, by column and step."""
-    charts = []
-    for number, (name, values) in enumerate(found["correlations"].items()):
+def correlation_chart(model: str, found: Content) -> Chart | None:
+    """A heat map per predicted number, to choose from: how attention goes with it, by step.
+
+    None where all attention or all predictions are the same.
+    """
+    traces: list[dict[str, Any]] = []
+    said = []
+    for name, values in found["correlations"].items():
         known = [
-            (abs(value), column, step, value)
+            (value, column, step)
             for column, of_column in zip(found["columns"], values, strict=True)
             for step, value in enumerate(of_column, start=1)
             if value is not None
         ]
         if not known:
             continue
-        _, column, step, value = max(known, key=lambda item: item[0])
-        charts.append(
-            Chart(
-                name=f"attention_{model}_{number}",
-                title=f"Attention of {model} and {name}",
-                alternative=f"Strongest: {column} in step {step}, correlation {value:+.2f}",
-                traces=(
-                    {
-                        "type": "heatmap",
-                        "z": values,
-                        "x": [str(one) for one in range(1, len(values[0]) + 1)],
-                        "y": found["columns"],
-                        "zmin": -1,
-                        "zmax": 1,
-                        "colorscale": _LESS_TO_MORE,
-                        "colorbar": {"title": {"text": "correlation"}},
-                    },
-                ),
-                layout=_heat_layout("step", found["columns"]),
-            )
+        value, column, step = max(known, key=lambda item: abs(item[0]))
+        said.append(f"{name}: most with {column} in step {step} ({value:+.2f})")
+        traces.append(
+            {
+                "type": "heatmap",
+                "choice": name,
+                "z": values,
+                "x": [str(one) for one in range(1, len(values[0]) + 1)],
+                "y": found["columns"],
+                "zmin": -1,
+                "zmax": 1,
+                "colorscale": _LESS_TO_MORE,
+                "colorbar": {"title": {"text": "correlation"}},
+            }
         )
-    return charts
+    if not traces:
+        return None
+    layout = _heat_layout("step", found["columns"])
+    layout["xaxis"]["type"] = "category"
+    return Chart(
+        name=f"attention_{model}",
+        title=f"Correlation of {model}'s attention with the prediction",
+        alternative="; ".join(said),
+        traces=tuple(traces),
+        layout=layout,
+    )
 
 
 def _heat_layout(axis: str, columns: Sequence[str]) -> dict[str, Any]:
@@ -233,7 +249,7 @@ def _heat_layout(axis: str, columns: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def dependence_chart(entry: Content, labels: Sequence[str], *, axis: str) -> Chart:
+def dependence_chart(number: int, entry: Content, labels: Sequence[str], *, axis: str) -> Chart:
     """Mean curves over one column's values, one per label, and the lines of some rows."""
     column, note = entry["column"], entry["note"]
     grid = entry["grid"] if entry["is_numeric"] else [_shown(value) for value in entry["grid"]]
@@ -244,14 +260,15 @@ def dependence_chart(entry: Content, labels: Sequence[str], *, axis: str) -> Cha
             "mode": mode,
             "name": "single rows",
             "legendgroup": "rows",
-            "showlegend": number == 0,
+            "showlegend": place == 0,
             "x": grid,
             "y": line,
             "opacity": 0.35,
-            "line": {"width": 1, "color": _GREY},
-            "marker": {"size": 3 if entry["is_numeric"] else 5, "color": _GREY},
+            "tone": "soft",
+            "line": {"width": 1},
+            "marker": {"size": 3 if entry["is_numeric"] else 5},
         }
-        for number, line in enumerate(entry["lines"])
+        for place, line in enumerate(entry["lines"])
     ]
     means = [
         {
@@ -260,10 +277,11 @@ def dependence_chart(entry: Content, labels: Sequence[str], *, axis: str) -> Cha
             "name": label,
             "x": grid,
             "y": curve,
-            "line": {"width": 3, "color": colour(number)},
-            "marker": {"size": 7, "color": colour(number)},
+            "tone": place,
+            "line": {"width": 3},
+            "marker": {"size": 7},
         }
-        for number, (label, curve) in enumerate(zip(labels, entry["means"], strict=True))
+        for place, (label, curve) in enumerate(zip(labels, entry["means"], strict=True))
     ]
     title = f"{column} ({note})" if note else column
     x_axis: dict[str, Any] = {"title": {"text": title}}
@@ -272,7 +290,7 @@ def dependence_chart(entry: Content, labels: Sequence[str], *, axis: str) -> Cha
     elif entry["grid"][0] > 0 and entry["grid"][-1] / entry["grid"][0] > _LOG_RANGE:
         x_axis["type"] = "log"
     return Chart(
-        name=f"dependence_{column}",
+        name=f"dependence_{number}",
         title=f"Partial dependence on {column}",
         alternative=_dependence_said(entry, grid, labels),
         traces=(*lines, *means),

@@ -43,9 +43,16 @@ from headrace.evaluation.comparison import (
     metrics_json,
 )
 from headrace.evaluation.figures import Points, draw, interval_charts
-from headrace.evaluation.interpretation import Interpretation, read_interpretation
+from headrace.evaluation.interpretation import (
+    Interpretation,
+    attention_section,
+    errors_section,
+    interpretation_sections,
+    read_interpretation,
+)
 from headrace.evaluation.metrics import MetricName, Sample
 from headrace.evaluation.page import Chart
+from headrace.evaluation.page import Section as PageSection
 from headrace.evaluation.pair_section import PAIRS, pair_section, pairs_csv
 from headrace.evaluation.pairs import resamples_needed
 from headrace.evaluation.plots import pictures
@@ -227,8 +234,9 @@ def evaluate(
             judged.append(one)
             (folder / "plots").mkdir(exist_ok=True)  # DVC waits for it, of a stream too
             _write_plot_files(folder / "plots", stem, one.points)
-        _write(folder, judged, selection, source, test, params, described)
-        _write_errors(folder, judged, source, interpreted)
+        errors = _errors(judged, source, interpreted)
+        write_json(folder / "errors.json", {"format": 1, "split": "test", "targets": errors})
+        _write(folder, judged, selection, source, test, params, described, interpreted, errors)
     _record(judged, out, recorder)
     if is_streamed:
         recorder.note(_streamed_note(judged))
@@ -421,6 +429,8 @@ def _write(
     test: _TestRows,
     params: EvaluateParams,
     described: Any,
+    interpreted: Interpretation | None,
+    errors: Mapping[str, Any],
 ) -> None:
     comparisons = [one.comparison for one in judged]
     resampled = "poisson" if test.truth is None else "multinomial"
@@ -457,32 +467,31 @@ def _write(
         stem = file_stem(one.comparison.target)
         for figure in pictures(one.comparison, confidence=params.confidence):
             write_file(folder / "figures" / f"{stem}_{figure.name}.svg", figure.file_text())
-    sections = [
+    targets = [
         TargetSection(
             one.comparison,
             selection[one.comparison.target],
             one.charts,
-            (pair_section(one.comparison),),
+            _target_sections(one.comparison, source.contract, interpreted, errors),
         )
         for one in judged
     ]
-    page = render_report(ReportInputs(sections, settings, digests, described))
+    attention = attention_section(interpreted) if interpreted else None
+    of_run = [] if attention is None else [attention]
+    page = render_report(ReportInputs(targets, settings, digests, described, of_run))
     write_file(folder / "report.html", page)
 
 
-def _write_errors(
-    folder: Path,
-    judged: Sequence[_Judgement],
-    source: Table,
-    interpreted: Interpretation | None,
-) -> None:
-    """Write the rows that the chosen models are most wrong about, and where in the table they lie.
+def _errors(
+    judged: Sequence[_Judgement], source: Table, interpreted: Interpretation | None
+) -> dict[str, Any]:
+    """Return per target the rows that the chosen model is most wrong about.
 
     Beside each row stand its key and the columns that matter most to the best single model; the
     first columns, where nobody has asked.
     """
     contract = source.contract
-    targets = {}
+    errors = {}
     for one in judged:
         name = one.comparison.target
         most = interpreted.most(name, SHOWN_COLUMNS) if interpreted else contract.features
@@ -491,9 +500,23 @@ def _write_errors(
         values = {
             column: [_cell(value) for value in rows[column].to_pylist()] for column in columns
         }
-        target = contract.target(name)
-        targets[name] = worst_json(one.worst, target, one.comparison.chosen, values)
-    write_json(folder / "errors.json", {"format": 1, "split": "test", "targets": targets})
+        errors[name] = worst_json(one.worst, contract.target(name), one.comparison.chosen, values)
+    return errors
+
+
+def _target_sections(
+    comparison: Comparison,
+    contract: Contract,
+    interpreted: Interpretation | None,
+    errors: Mapping[str, Any],
+) -> list[PageSection]:
+    """Return what the report says of one target below its charts."""
+    target = contract.target(comparison.target)
+    sections = [pair_section(comparison)]
+    if interpreted:
+        sections += interpretation_sections(interpreted, target, contract, comparison.models)
+    sections.append(errors_section(errors[target.name], target, comparison.num_rows))
+    return sections
 
 
 def _bounds_json(one: _Judgement) -> dict[str, Any]:
