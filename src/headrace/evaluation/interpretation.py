@@ -21,7 +21,7 @@ from headrace.storage import read_json, verify_folder
 Content = dict[str, Any]
 
 _FILES = ("importances", "shap", "attention", "dependence")
-_SHOWN = 30  # columns in the table of importances
+_SHOWN = 15  # columns in a table
 
 
 @dataclass(frozen=True)
@@ -181,9 +181,9 @@ def _importance_section(found: Interpretation, target: Target, order: Sequence[s
         tables=(
             Table(
                 title="Permutation importances",
-                headings=("column or group", "model", _loss_axis(target), "low", "high"),
+                headings=("column or group", "model", "growth", "low", "high"),
                 rows=tuple(rows),
-                note=f"{content['confidence']:.0%} intervals; sorted by {best}",
+                note=f"{_loss_axis(target)}; {content['confidence']:.0%} intervals; sorted by {best}",
             ),
             *_shap_tables(found, target),
         ),
