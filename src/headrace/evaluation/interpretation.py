@@ -157,12 +157,13 @@ def _importance_section(found: Interpretation, target: Target, order: Sequence[s
         for model, own in of_model.items()
         if model == best or any(one["value"] for one in own.values())
     }
+    axis = _loss_axis(target)
     charts = [
         importance_chart(
             used,
             ranked,
             tones={model: order.index(model) for model in used},
-            axis=_loss_axis(target),
+            axis=axis,
             confidence=content["confidence"],
         )
     ]
@@ -183,7 +184,7 @@ def _importance_section(found: Interpretation, target: Target, order: Sequence[s
                 title="Permutation importances",
                 headings=("column or group", "model", "growth", "low", "high"),
                 rows=tuple(rows),
-                note=f"{_loss_axis(target)}; {content['confidence']:.0%} intervals; sorted by {best}",
+                note=f"{axis}; {content['confidence']:.0%} intervals; sorted by {best}",
             ),
             *_shap_tables(found, target),
         ),
