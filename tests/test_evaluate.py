@@ -10,11 +10,13 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from headrace.data.predictions import read_predictions
+from headrace.data.table import open_table
+from headrace.data.truth import read_truth
 from headrace.errors import ConfigError, DataError, IntegrityError, ResourceError, SchemaError
 from headrace.evaluation.resamples import read_resamples
 from headrace.params import Resources
 from headrace.record import MemoryRecorder
-from headrace.schema import SPLITS, Target, file_stem
+from headrace.schema import SPLITS, Split, Target, file_stem
 from headrace.stages.evaluate import EvaluateParams, evaluate
 from headrace.stages.stack import StackParams, stack
 from headrace.storage import new_folder, read_json, verify_folder, write_file, write_json
@@ -636,6 +638,21 @@ def test_strata_and_blocks_that_the_rows_do_not_have_are_refused(tmp_path, chang
     """By the setting's name and value, with what would do."""
     with pytest.raises(ConfigError, match=re.escape(message)):
         run(Case(targets=(LATE,), groups=("weekday",)), tmp_path, EvaluateParams(**change))
+
+
+def test_units_that_a_time_split_is_cut_by_follow_each_other(tmp_path):
+    """A date does, and so does a week number that the split is by; a group and a row do not."""
+    split = Split(kind="time", column="week")
+    case = Case(targets=(LATE,), groups=("week", "plane"), split=split)
+    table = open_table(case.write_table(tmp_path / "table"))
+    units = {
+        unit: read_truth(table, "test", unit=unit, key="evaluate.unit")
+        for unit in ("auto", "day", "row")
+    }
+    assert {unit: truth.is_unit_of_time for unit, truth in units.items()} == {
+        "auto": True, "day": True, "row": False,
+    }  # fmt: skip
+    assert units["auto"].unit == "week"
 
 
 def test_strata_by_class_need_a_target_of_classes(tmp_path):

@@ -191,7 +191,7 @@ def _truth(
         weight=_weights(rows, contract, split),
         unit=unit_name,
         unit_of_row=np.arange(rows.num_rows),
-        is_unit_of_time=unit_column in contract.named("time"),
+        is_unit_of_time=_is_of_time(contract, unit_column),
         stratum=None,
     )
 
@@ -239,6 +239,13 @@ def _column_of_role(
     return names[0]
 
 
+def _is_of_time(contract: Contract, name: str | None) -> bool:
+    """Whether values of the column follow each other in time: a date, or what a split is cut by."""
+    split = contract.split
+    by_time = (split.column,) if split is not None and split.kind == "time" else ()
+    return name is not None and name in (*contract.named("time"), *by_time)
+
+
 def _is_temporal(contract: Contract, name: str) -> bool:
     return contract.column(name).dtype.startswith(("timestamp", "date"))
 
@@ -246,18 +253,20 @@ def _is_temporal(contract: Contract, name: str) -> bool:
 def _unit_codes(rows: pa.Table, column: str | None, unit: str) -> npt.NDArray[np.int64]:
     if column is None:
         return np.arange(rows.num_rows, dtype=np.int64)
-    values = rows[column]
-    return _codes(pc.floor_temporal(values, unit=unit) if unit in _TIME_UNITS else values)
+    return _codes(_floored(rows[column], unit))
+
+
+def _floored(values: pa.ChunkedArray, unit: str) -> pa.ChunkedArray:
+    # A column of numbers may be called "week" as well; its values are the units.
+    is_floored = unit in _TIME_UNITS and pa.types.is_temporal(values.type)
+    return pc.floor_temporal(values, unit=unit) if is_floored else values
 
 
 def _unit_keys(rows: pa.Table, column: str | None, unit: str) -> npt.NDArray[np.int64]:
     if column is None:
         row_id: npt.NDArray[np.int64] = rows[ROW_ID].to_numpy()
         return row_id
-    values = rows[column]
-    if unit in _TIME_UNITS:
-        values = pc.floor_temporal(values, unit=unit)
-    encoded = values.combine_chunks()
+    encoded = _floored(rows[column], unit).combine_chunks()
     if not pa.types.is_dictionary(encoded.type):
         encoded = pc.dictionary_encode(encoded, null_encoding="encode")
     names = encoded.dictionary.cast(pa.string()).to_pylist()
