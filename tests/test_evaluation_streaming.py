@@ -201,6 +201,11 @@ def test_one_class_is_undefined_and_counted():
     is_one_class = counts[:, :2].sum(axis=1) == 0
     assert 10 < is_one_class.sum() < 50
     assert np.isnan(found.scored.resamples["roc_auc"]).tolist() == is_one_class.tolist()
+    sample.truth[:] = 0
+    none = streamed(sample, key)
+    assert np.isnan(none.scored.points["roc_auc"])
+    assert "roc_auc" not in none.error_bound
+    assert none.error_bound["brier"] == 0
 
 
 def test_memory_does_not_grow_with_the_rows():

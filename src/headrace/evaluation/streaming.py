@@ -43,7 +43,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Streamed:
-    """One model's metrics, and how far binning can have moved them; 0 where it cannot."""
+    """One model's metrics, and how far binning can have moved those that have a value."""
 
     scored: Scored
     error_bound: Mapping[MetricName, float]
@@ -162,7 +162,8 @@ def _points(
     is_tied_RT = low_RT >= high_RT
     ranks_R2, error_R2 = ranks_of(cells_RC, is_tied_RT), rank_error(cells_RC, is_tied_RT)
     low, high = (combine(looked.task, sums[0], ranks_R2 + sign * error_R2) for sign in (-1, 1))
-    error = {name: float(high[name] - low[name]) / 2 for name in high}
+    widths = {name: float(high[name] - low[name]) for name in high}
+    error = {name: width / 2 for name, width in widths.items() if np.isfinite(width)}
     return (sums[0], ranks_R2), error, is_tied_RT
 
 
