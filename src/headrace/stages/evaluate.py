@@ -50,6 +50,7 @@ from headrace.evaluation.interpretation import (
     interpretation_sections,
     read_interpretation,
 )
+from headrace.evaluation.learning import learning_section, read_summary
 from headrace.evaluation.metrics import MetricName, Sample
 from headrace.evaluation.page import Chart
 from headrace.evaluation.page import Section as PageSection
@@ -199,6 +200,7 @@ def evaluate(
     for folder in folders.values():
         verify_folder(folder)
     selection = _read_selection(stack, source.contract, members)
+    learnt = learning_section({name: read_summary(folder) for name, folder in members.items()})
     described = read_json(verify_file(profile.parent, profile.name)) if profile else None
     interpreted = read_interpretation(interpretation) if interpretation else None
     is_streamed = _is_streamed(source, folders, params, resources)
@@ -236,7 +238,20 @@ def evaluate(
             _write_plot_files(folder / "plots", stem, one.points)
         errors = _errors(judged, source, interpreted)
         write_json(folder / "errors.json", {"format": 1, "split": "test", "targets": errors})
-        _write(folder, judged, selection, source, test, params, described, interpreted, errors)
+        of_run = [learnt, attention_section(interpreted) if interpreted else None]
+        sections = [section for section in of_run if section is not None]
+        _write(
+            folder,
+            judged,
+            selection,
+            source,
+            test,
+            params,
+            described,
+            interpreted,
+            errors,
+            sections,
+        )
     _record(judged, out, recorder)
     if is_streamed:
         recorder.note(_streamed_note(judged))
@@ -431,6 +446,7 @@ def _write(
     described: Any,
     interpreted: Interpretation | None,
     errors: Mapping[str, Any],
+    sections: Sequence[PageSection],
 ) -> None:
     comparisons = [one.comparison for one in judged]
     resampled = "poisson" if test.truth is None else "multinomial"
@@ -476,9 +492,7 @@ def _write(
         )
         for one in judged
     ]
-    attention = attention_section(interpreted) if interpreted else None
-    of_run = [] if attention is None else [attention]
-    page = render_report(ReportInputs(targets, settings, digests, described, of_run))
+    page = render_report(ReportInputs(targets, settings, digests, described, sections))
     write_file(folder / "report.html", page)
 
 
