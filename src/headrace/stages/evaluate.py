@@ -22,7 +22,7 @@ from headrace.data.alignment import Aligned, Counted, measure, read_share, strea
 from headrace.data.lookup import rows_by_id
 from headrace.data.predictions import bytes_held, read_predictions
 from headrace.data.table import Table, open_table
-from headrace.data.truth import Truth, UnitChoice, label_bytes, line_up, read_truth
+from headrace.data.truth import Truth, UnitChoice, label_bytes, line_up, read_truth, unit_bytes
 from headrace.errors import ConfigError, DataError, IntegrityError, ResourceError, nearest
 from headrace.evaluation.blend import rounded
 from headrace.evaluation.bootstrap import (
@@ -273,7 +273,8 @@ class _TestRows:
     units: Units
     truth: Truth | None
     labelled: Mapping[str, Counted]
-    label_digest: Mapping[str, str]  # per target: of labels, weights and units of the rows
+    label_digest: Mapping[str, str]  # per target
+    unit_digest: str
 
 
 @dataclass(frozen=True)
@@ -296,13 +297,29 @@ def _read(source: Table, params: EvaluateParams) -> _TestRows:
     strata = _strata_column(source.contract, params)
     truth = read_truth(source, "test", unit=params.unit, key=_UNIT_KEY, strata=strata)
     digests = {name: digest_bytes(label_bytes(truth, name)) for name in truth.labels}
-    return _TestRows(truth.digest, len(truth.row_id), _units(truth, params), truth, {}, digests)
+    return _TestRows(
+        digest=truth.digest,
+        num_rows=len(truth.row_id),
+        units=_units(truth, params),
+        truth=truth,
+        labelled={},
+        label_digest=digests,
+        unit_digest=digest_bytes(unit_bytes(truth)),
+    )
 
 
 def _measure(source: Table, params: EvaluateParams) -> _TestRows:
     size = measure(source, "test", unit=params.unit, key=_UNIT_KEY)
     units = Units(size.unit, _NO_ROWS, size.rows.num_units)
-    return _TestRows(size.digest, size.rows.num_rows, units, None, size.labelled, size.label_digest)
+    return _TestRows(
+        digest=size.digest,
+        num_rows=size.rows.num_rows,
+        units=units,
+        truth=None,
+        labelled=size.labelled,
+        label_digest=size.label_digest,
+        unit_digest=size.unit_digest,
+    )
 
 
 def _judge_target(
@@ -462,6 +479,7 @@ def _write(
         {
             "format": 1,
             "split_digest": test.digest,
+            "unit_digest": test.unit_digest,
             "unit": test.units.name,
             "num_units": test.units.count,
             "num_rows": test.num_rows,
