@@ -541,6 +541,9 @@ def test_rows_beyond_the_budget_are_streamed_and_the_result_says_so(tmp_path):
         assert (one["num_rows"], one["num_units"]) == (exact["num_rows"], exact["num_units"])
         for model, metrics in one["models"].items():
             for name, value in metrics.items():
+                if name in ("ece", "spearman"):
+                    assert (value["value"], value["reason"]) == (None, "needs all rows in memory")
+                    continue
                 expected = exact["models"][model][name]
                 if name not in one["error_bound"][model]:
                     assert value["reason"] == "needs all rows in memory"

@@ -130,6 +130,8 @@ def test_every_metric_of_a_resample_equals_its_value_on_the_repeated_rows():
             repeated = Sample(sample.task, sample.truth[taken], sample.prediction[taken])
             alone = bootstrap(repeated, rows(80), Resampling(1, 0.95, seed=0), threshold=0.5)
             for metric in METRICS[sample.task]:
+                if metric.no_interval:
+                    continue
                 expected = alone.points[metric.name]
                 assert found.resamples[metric.name][number] == pytest.approx(expected, abs=1e-9)
 

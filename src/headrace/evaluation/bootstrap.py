@@ -20,6 +20,7 @@ Where there is no interval there is a reason. None is replaced by another in sil
 
 import math
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Literal, Self, TypeAlias
 
@@ -36,6 +37,7 @@ from headrace.evaluation.metrics import (
     prepare,
 )
 from headrace.kernels.bootstrap import draw_counts, rank_influence, rank_once, resample
+from headrace.kernels.ranks import RankPair, rank_correlations
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 IntervalMethod = Literal["percentile", "basic", "bca"]
@@ -47,6 +49,7 @@ MAX_UNDEFINED_SHARE = 0.2
 
 
 UNDEFINED = "undefined"  # the reason where a metric has no value; the metric itself knows why
+_CHUNK = 16  # resamples one thread takes at a time
 # Resamples that must lie beyond each bound: the bound is their quantile, and of fewer it is noise.
 MIN_TAIL = 5
 
@@ -189,11 +192,14 @@ def bootstrap(
     )
     points = point_values(terms, units.count)
     resamples = combine(terms.task, sums_BK, ranks_BR)
+    nothing = np.full(resampling.num_resamples, np.nan)  # of a metric without an interval
+    if terms.pair is not None:
+        resamples["spearman"] = _correlations(terms.pair, units, resampling)
     metrics = [metric for metric in METRICS[sample.task] if only in (None, metric.name)]
     added = _influence(terms, columns_KU, points) if resampling.method == "bca" else {}
     return Scored(
         {metric.name: points[metric.name] for metric in metrics},
-        {metric.name: resamples[metric.name] for metric in metrics},
+        {metric.name: resamples.get(metric.name, nothing) for metric in metrics},
         {metric.name: added[metric.name] for metric in metrics if metric.name in added},
         {metric.name: metric.no_interval for metric in metrics if metric.no_interval},
     )
@@ -393,6 +399,18 @@ def _influence(
     sums_UK = columns_KU.sum(axis=1) - columns_KU.T
     without = combine(terms.task, sums_UK, ranks_UR2)
     return {name: points[name] - values for name, values in without.items()}
+
+
+def _correlations(pair: RankPair, units: Units, resampling: Resampling) -> Floats:
+    """Return the rank correlation of every resample, (B,)."""
+
+    def run(first: int) -> Floats:
+        num_resamples = min(_CHUNK, resampling.num_resamples - first)
+        drawn = counts(units, resampling, first=first, num_resamples=num_resamples)
+        return rank_correlations(pair, drawn)
+
+    with ThreadPoolExecutor(resampling.threads) as pool:
+        return np.concatenate(list(pool.map(run, range(0, resampling.num_resamples, _CHUNK))))
 
 
 def _without(value: float, reason: str) -> Interval:

@@ -22,7 +22,7 @@ from headrace.data.alignment import Aligned, Counted, measure, read_share, strea
 from headrace.data.lookup import rows_by_id
 from headrace.data.predictions import bytes_held, read_predictions
 from headrace.data.table import Table, open_table
-from headrace.data.truth import Truth, UnitChoice, label_bytes, line_up, read_truth, unit_bytes
+from headrace.data.truth import Truth, UnitChoice, label_bytes, line_up, read_truth
 from headrace.errors import ConfigError, DataError, IntegrityError, ResourceError, nearest
 from headrace.evaluation.blend import rounded
 from headrace.evaluation.bootstrap import (
@@ -50,7 +50,6 @@ from headrace.evaluation.interpretation import (
     interpretation_sections,
     read_interpretation,
 )
-from headrace.evaluation.learning import learning_section, read_summary
 from headrace.evaluation.metrics import MetricName, Sample
 from headrace.evaluation.page import Chart
 from headrace.evaluation.page import Section as PageSection
@@ -100,6 +99,7 @@ class EvaluateParams(Section):
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     unit: UnitChoice = "auto"  # what is resampled: by the split days, its groups, or rows
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5  # binary: probability of a predicted class
+    quantile: Annotated[float, Field(gt=0, lt=1)] = 0.5  # of the pinball loss; 0.5: half the MAE
     interval: IntervalMethod = "percentile"
     # none; class: resamples keep the number of units of each class; or a column: of each value
     stratify: str = "none"
@@ -200,7 +200,6 @@ def evaluate(
     for folder in folders.values():
         verify_folder(folder)
     selection = _read_selection(stack, source.contract, members)
-    learnt = learning_section({name: read_summary(folder) for name, folder in members.items()})
     described = read_json(verify_file(profile.parent, profile.name)) if profile else None
     interpreted = read_interpretation(interpretation) if interpretation else None
     is_streamed = _is_streamed(source, folders, params, resources)
@@ -238,20 +237,7 @@ def evaluate(
             _write_plot_files(folder / "plots", stem, one.points)
         errors = _errors(judged, source, interpreted)
         write_json(folder / "errors.json", {"format": 1, "split": "test", "targets": errors})
-        of_run = [learnt, attention_section(interpreted) if interpreted else None]
-        sections = [section for section in of_run if section is not None]
-        _write(
-            folder,
-            judged,
-            selection,
-            source,
-            test,
-            params,
-            described,
-            interpreted,
-            errors,
-            sections,
-        )
+        _write(folder, judged, selection, source, test, params, described, interpreted, errors)
     _record(judged, out, recorder)
     if is_streamed:
         recorder.note(_streamed_note(judged))
@@ -273,8 +259,7 @@ class _TestRows:
     units: Units
     truth: Truth | None
     labelled: Mapping[str, Counted]
-    label_digest: Mapping[str, str]  # per target
-    unit_digest: str
+    label_digest: Mapping[str, str]  # per target: of labels, weights and units of the rows
 
 
 @dataclass(frozen=True)
@@ -297,29 +282,13 @@ def _read(source: Table, params: EvaluateParams) -> _TestRows:
     strata = _strata_column(source.contract, params)
     truth = read_truth(source, "test", unit=params.unit, key=_UNIT_KEY, strata=strata)
     digests = {name: digest_bytes(label_bytes(truth, name)) for name in truth.labels}
-    return _TestRows(
-        digest=truth.digest,
-        num_rows=len(truth.row_id),
-        units=_units(truth, params),
-        truth=truth,
-        labelled={},
-        label_digest=digests,
-        unit_digest=digest_bytes(unit_bytes(truth)),
-    )
+    return _TestRows(truth.digest, len(truth.row_id), _units(truth, params), truth, {}, digests)
 
 
 def _measure(source: Table, params: EvaluateParams) -> _TestRows:
     size = measure(source, "test", unit=params.unit, key=_UNIT_KEY)
     units = Units(size.unit, _NO_ROWS, size.rows.num_units)
-    return _TestRows(
-        digest=size.digest,
-        num_rows=size.rows.num_rows,
-        units=units,
-        truth=None,
-        labelled=size.labelled,
-        label_digest=size.label_digest,
-        unit_digest=size.unit_digest,
-    )
+    return _TestRows(size.digest, size.rows.num_rows, units, None, size.labelled, size.label_digest)
 
 
 def _judge_target(
@@ -343,7 +312,7 @@ def _judge_target(
     for model, folder in folders.items():
         predictions = read_predictions(folder, target).of_split("test")
         values = predictions.values[line_up(predictions, truth, is_labelled)]
-        samples[model] = Sample(target.task, labels[is_labelled], values, weight)
+        samples[model] = Sample(target.task, labels[is_labelled], values, weight, params.quantile)
         scored[model] = bootstrap(
             samples[model], labelled_units, resampling, threshold=params.threshold
         )
@@ -392,7 +361,7 @@ def _judge_stream(
         return stream_aligned(source, folder, target, "test", unit=params.unit, key=_UNIT_KEY)
 
     def parts(folder: Path) -> Iterator[Part]:
-        return (Part(_sample(target, rows), rows.unit_key) for rows in read(folder))
+        return (Part(_sample(target, rows, params), rows.unit_key) for rows in read(folder))
 
     streamed = {
         model: stream_bootstrap(
@@ -429,7 +398,7 @@ def _judge_stream(
     charts, points = draw(
         target,
         comparison.chosen,
-        {model: _sample(target, rows) for model, rows in drawn.items()},
+        {model: _sample(target, rows, params) for model, rows in drawn.items()},
         Units(units.name, of_row.astype(np.int64), len(present)),
         confidence=params.confidence,
         threshold=params.threshold,
@@ -437,12 +406,12 @@ def _judge_stream(
     bounds = {model: found.error_bound for model, found in streamed.items()}
     charts = interval_charts(comparison, scored, confidence=params.confidence) + charts
     chosen = read(folders[comparison.chosen])
-    worst = worst_of((_sample(target, rows), rows.row_id) for rows in chosen)
+    worst = worst_of((_sample(target, rows, params), rows.row_id) for rows in chosen)
     return _Judgement(worst, comparison, scored, charts, points, bounds)
 
 
-def _sample(target: Target, rows: Aligned) -> Sample:
-    return Sample(target.task, rows.label, rows.values, rows.weight)
+def _sample(target: Target, rows: Aligned, params: EvaluateParams) -> Sample:
+    return Sample(target.task, rows.label, rows.values, rows.weight, params.quantile)
 
 
 def _require_labels(target: Target, num_labelled: int, num_rows: int) -> None:
@@ -463,7 +432,6 @@ def _write(
     described: Any,
     interpreted: Interpretation | None,
     errors: Mapping[str, Any],
-    sections: Sequence[PageSection],
 ) -> None:
     comparisons = [one.comparison for one in judged]
     resampled = "poisson" if test.truth is None else "multinomial"
@@ -479,7 +447,6 @@ def _write(
         {
             "format": 1,
             "split_digest": test.digest,
-            "unit_digest": test.unit_digest,
             "unit": test.units.name,
             "num_units": test.units.count,
             "num_rows": test.num_rows,
@@ -510,7 +477,9 @@ def _write(
         )
         for one in judged
     ]
-    page = render_report(ReportInputs(targets, settings, digests, described, sections))
+    attention = attention_section(interpreted) if interpreted else None
+    of_run = [] if attention is None else [attention]
+    page = render_report(ReportInputs(targets, settings, digests, described, of_run))
     write_file(folder / "report.html", page)
 
 
