@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from headrace.data.predictions import Predictions, write_predictions
 from headrace.schema import SPLITS, Column, Contract, Split, Target
-from headrace.storage import new_folder, write_file
+from headrace.storage import new_folder, write_file, write_json
 
 SPLITS_OF_ROWS = ("train", "valid", "test")
 DELAY = Target(name="delay", task="regression")
@@ -146,7 +146,19 @@ class Case:
         with new_folder(folder) as private:
             for target in self.targets:
                 write_predictions(private, change(self.predictions(target, model)), target)
+            write_json(private / "model.json", {"summary": self.summary(model)})
         return folder
+
+    def summary(self, model: str) -> dict:
+        """A bag of two fits whose held-back loss falls and rises again; ``plain`` kept none."""
+        if model == "plain":
+            return {"rows": self.num_rows}
+        at = list(range(1, 31))
+        learnt = [self.noise[model] + 2.0 ** -(step / 4) for step in at]
+        held_back = [loss + (step - 12) ** 2 / 900 for step, loss in zip(at, learnt, strict=True)]
+        curve = {"title": "loss of delay", "step": "epoch", "kept": 12, "at": at}
+        curve |= {"held_back": held_back, "learnt": learnt}
+        return {fold: {"best_epoch": 12, "curves": [curve]} for fold in ("fold-0", "fold-1")}
 
     def write(self, root: Path) -> tuple[Path, dict[str, Path]]:
         members = {m: self.write_model(root / "train" / m, m) for m in self.noise}

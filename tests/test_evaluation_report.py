@@ -1,5 +1,6 @@
 """Curves, figures and the page's numbers: what a reader sees is what was computed."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -9,8 +10,11 @@ from sklearn.metrics import roc_auc_score
 from headrace.evaluation import charts, curves
 from headrace.evaluation.bootstrap import Interval, Units
 from headrace.evaluation.identity import identified
+from headrace.evaluation.learning import learning_section
 from headrace.evaluation.page import Chart, Section, Table
 from headrace.evaluation.report import ReportInputs, interval_text, render_report
+from headrace.training.curves import LearningCurves, curves_json
+from tests.evaluation_case import Case
 
 SETTINGS = {"confidence": 0.95, "num_resamples": 200, "threshold": 0.5}
 
@@ -225,3 +229,34 @@ def test_any_profile_becomes_a_table(profile, said):
     page = render_report(ReportInputs([], SETTINGS, {}, profile))
     assert said in page
     assert "x<y" not in page
+
+
+def test_learning_curves_of_a_bag_share_a_chart():
+    """A line per fit and part, the kept step marked; who kept none is named."""
+    summary = Case().summary("sharp")
+    section = learning_section({"sharp": summary, "plain": {"rows": 9}})
+    (chart,) = section.charts
+    lines = [trace for trace in chart.traces if trace["mode"] == "lines"]
+    kept = [trace for trace in chart.traces if trace["mode"] == "markers"]
+    assert [line["name"] for line in lines] == [
+        f"{fit}, {part}" for fit in ("fold-0", "fold-1") for part in ("held back", "while learning")
+    ]
+    held_back = summary["fold-0"]["curves"][0]["held_back"]
+    assert (kept[0]["x"], kept[0]["y"]) == ([12], [held_back[11]])
+    assert "No curves: plain" in section.text[1]
+    assert section.tables[0].rows[0] == (
+        "sharp", "fold-0", "loss of delay", "epoch", 12, 30, held_back[11],
+    )  # fmt: skip
+    assert learning_section({"plain": {"rows": 9}}) is None
+
+
+def test_curves_of_a_model_are_thinned_to_what_shows_how_it_went():
+    """At most about 200 points, the kept and the last one among them; NaN is no value."""
+    part = LearningCurves("loss", [1.0, math.nan, *range(998)], None)
+    (found,) = curves_json([part], step="tree", kept=778)
+    assert len(found["at"]) <= 202
+    assert {1, 778, 1000} <= set(found["at"])
+    assert found["held_back"][found["at"].index(778)] == 775
+    assert found["learnt"] is None
+    (short,) = curves_json([LearningCurves("loss", [1.0, math.nan], [2.0, 3.0])], step="s", kept=1)
+    assert (short["held_back"], short["learnt"]) == ([1.0, None], [2.0, 3.0])

@@ -136,6 +136,23 @@ def test_the_value_is_the_mean_growth_over_rows_and_shuffles():
     assert found.low < found.value < found.high
 
 
+@pytest.mark.parametrize(
+    ("labels", "weight"), [(np.full(50, np.nan), None), (np.zeros(50), np.zeros(50))]
+)
+def test_a_target_that_nothing_is_known_of_is_left_out(labels, weight):
+    rows = judged({"x": np.arange(50.0)}, {"y": labels}, weight=weight)
+    found = permutation_importances(
+        lambda rows: {"y": values(rows, "x")},
+        rows,
+        (Y,),
+        {"x": ("x",)},
+        repeats=2,
+        resampling=RESAMPLING,
+    )
+
+    assert found == {}
+
+
 def test_losses_of_the_tasks():
     """Squared error over the variance, and minus the log of the true class's probability."""
     labels = {

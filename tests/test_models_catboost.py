@@ -139,11 +139,17 @@ def test_a_halted_fit_resumes_to_the_very_same_bytes(views, tmp_path, halt_after
         "_settings",
         lambda *given: {**plain(*given), "snapshot_interval": 0},
     )
-    whole = saved(fitted(views, tmp_path / "whole")[0], tmp_path / "a")
+    undisturbed = fitted(views, tmp_path / "whole")[0]
+    whole = saved(undisturbed, tmp_path / "a")
     with pytest.raises(Halt):
         fitted(views, tmp_path / "halted", recorder=HaltingRecorder(halt_after))
     recorder = MemoryRecorder()
-    resumed = saved(fitted(views, tmp_path / "halted", recorder=recorder)[0], tmp_path / "b")
+    model = fitted(views, tmp_path / "halted", recorder=recorder)[0]
+    resumed = saved(model, tmp_path / "b")
+    assert model.summary == undisturbed.summary
+    curve = model.summary["curves"][0]
+    assert len(curve["at"]) == len(curve["held_back"]) == len(curve["learnt"]) > 15
+    assert curve["kept"] == model.summary["targets"]["delay"]["best_iteration"] + 1
     steps = [step for name, _, step in recorder.recorded_metrics if name == "train_loss_delay"]
 
     assert resumed == whole

@@ -166,6 +166,14 @@ def test_the_pipeline_of_this_repository_lists_the_code_it_runs():
     assert (ROOT / "dvc.yaml").read_text() == expected_pipeline(Project(ROOT))
 
 
+def test_an_interval_of_the_metrics_asks_no_model_again():
+    """Evaluate reads what interpret wrote; neither reaches back to train."""
+    dag = read_dag(Project(ROOT))
+
+    assert set(dag.downstream(["interpret"])) == {"evaluate"}
+    assert "interpret" not in dag.downstream(["evaluate"])
+
+
 def test_a_section_embedding_catboost_is_a_stage_after_nn(project: Project):
     """Its model lies among those that the stages after it read; without it nothing does."""
     sections = "".join(

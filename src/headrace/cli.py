@@ -216,6 +216,26 @@ def sync() -> None:
 
 
 @app.command()
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(help="Runs: id, its beginning, its number, last, or an MLflow run id."),
+    ],
+    target: Annotated[
+        str | None, typer.Option("--target", "-t", help="Only this target; default: all.")
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option("--metric", help="To sort and test by; default: the primary one.")
+    ] = None,
+) -> None:
+    """Compare the models of several runs on the same test rows: intervals, pairs, ties, seeds."""
+    from headrace.commands.compare import compare as look
+    from headrace.commands.compare import print_compared
+
+    print_compared(look(_project(), runs, target=target, metric=metric), _console())
+
+
+@app.command()
 def batch(
     split: Annotated[str, typer.Option("--split", help="train, valid or test.")] = "train",
     rows: Annotated[int, typer.Option("--rows", help="First rows to show.")] = 8,

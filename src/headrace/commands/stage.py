@@ -8,6 +8,7 @@ Under torchrun several of these processes run one stage. The first keeps the jou
 the others help it train (``training/distributed.py``) and tell nobody anything.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 PLAIN_STAGES = (
     "raw", "watermark", "extract", "reduce", "encode", "stack", "interpret", "evaluate", "publish",
 )  # fmt: skip
+SETTINGS = "settings/"  # begins the names of a model's settings among the params of its run
 _GRACE_S = 10.0  # native code may take this long to come back to Python; then the process ends
 
 
@@ -85,6 +87,8 @@ def _run(project: Project, stage: str, launch: "Launch | None", resume: Path | N
     resources = _resources(settings.resources, family, launch)
     stopping = _Stopper(project, stage, f"stage {stage}")
     with stopping as stopper, open_stage(project.journal, stage) as journal:
+        if stage in settings.members.values():
+            journal.params(model_settings(section))
         with _watch(family, settings.resources.memory_budget, stopper) as watch:
             try:
                 with _joined(launch):
@@ -92,6 +96,14 @@ def _run(project: Project, stage: str, launch: "Launch | None", resume: Path | N
             finally:
                 journal.peak_bytes = watch.peak_bytes
         return result
+
+
+def model_settings(section: Section) -> dict[str, str]:
+    """Return the settings of a model as its run records them: what replicates have in common."""
+    return {
+        f"{SETTINGS}{name}": json.dumps(value)
+        for name, value in section.model_dump(mode="json").items()
+    }
 
 
 def _assist(project: Project, stage: str, launch: "Launch") -> None:

@@ -22,6 +22,7 @@ from headrace.data.truth import (
     places_of,
     refuse_no_weight,
     stream_truth,
+    unit_bytes,
 )
 from headrace.errors import DataError
 from headrace.schema import Target
@@ -41,7 +42,8 @@ class Counted:
 class SplitSize:
     """What one pass over a split says: its digest, as ``Truth.digest``, and how much is labelled.
 
-    ``unit`` is as in ``Truth``; ``label_digest`` is that of ``label_bytes``, per target.
+    ``unit`` is as in ``Truth``; ``label_digest`` is that of ``label_bytes``, per
+    target, ``unit_digest`` that of ``unit_bytes``.
     """
 
     digest: str
@@ -49,6 +51,7 @@ class SplitSize:
     rows: Counted
     labelled: Mapping[str, Counted]  # per target
     label_digest: Mapping[str, str]
+    unit_digest: str
 
 
 @dataclass(frozen=True)
@@ -75,13 +78,14 @@ def measure(table: Table, split: str, *, unit: UnitChoice, key: str) -> SplitSiz
     Raises:
         ConfigError, DataError, IntegrityError: as ``stream_truth``, or a split without rows.
     """
-    digest = hashlib.sha256()
+    digest, of_units = hashlib.sha256(), hashlib.sha256()
     names = [target.name for target in table.contract.targets]
     all_rows, labelled = _Counter(), {name: _Counter() for name in names}
     of_labels = {name: hashlib.sha256() for name in names}
     unit_name, is_weighed = "", False
     for truth in stream_truth(table, split, unit=unit, key=key):
         digest.update(truth.row_id.astype("<i8").tobytes())
+        of_units.update(unit_bytes(truth))
         unit_name = truth.unit
         is_weighed |= truth.weight is None or bool(truth.weight.any())
         is_row = unit_name == "row"
@@ -97,7 +101,9 @@ def measure(table: Table, split: str, *, unit: UnitChoice, key: str) -> SplitSiz
     refuse_no_weight(table.contract, split, is_any=is_weighed)
     counts = {name: counter.counted for name, counter in labelled.items()}
     digests = {name: one.hexdigest() for name, one in of_labels.items()}
-    return SplitSize(digest.hexdigest(), unit_name, all_rows.counted, counts, digests)
+    return SplitSize(
+        digest.hexdigest(), unit_name, all_rows.counted, counts, digests, of_units.hexdigest()
+    )
 
 
 def stream_aligned(

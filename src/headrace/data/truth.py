@@ -52,13 +52,15 @@ class Truth:
 
 
 def label_bytes(truth: Truth, target: str) -> bytes:
-    """Return labels, weights and units of the rows: with ``digest``, all that results hang on.
-
-    Of rows that follow each other the bytes do, too.
-    """
+    """Return labels and weights, row by row: what scores hang on, beside the rows' ids."""
     labels = truth.labels[target]
     weight = np.ones(len(labels)) if truth.weight is None else truth.weight
-    return np.column_stack([labels, weight, truth.unit_of_row.view("<f8")]).astype("<f8").tobytes()
+    return np.column_stack([labels, weight]).astype("<f8").tobytes()
+
+
+def unit_bytes(truth: Truth) -> bytes:
+    """Return the units, row by row: with labels and rows, what resamples hang on."""
+    return truth.unit_of_row.astype("<i8").tobytes()
 
 
 def read_truth(

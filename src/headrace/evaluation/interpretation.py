@@ -95,7 +95,8 @@ def attention_section(found: Interpretation) -> Section | None:
             f"{found.attention['num_rows']} valid rows. First how it was shared in some rows; then "
             f"how a column's attention goes with what is predicted: blue, more where more is "
             f"predicted; orange, more where less is; nothing where either is the same in all rows. "
-            f"It tells where the network looks, not what the column is worth.",
+            f"It tells where the network looks, not what the column is worth. Of a bag the fit "
+            f"on all folds is shown, for steps differ from fit to fit.",
         ),
         charts=tuple(
             chart
@@ -177,7 +178,7 @@ def _importance_section(found: Interpretation, target: Target, order: Sequence[s
     ]
     return Section(
         anchor="importance",
-        title="What the predictions hang on",
+        title="Importance",
         text=_importance_text(found, best, used),
         tables=(
             Table(

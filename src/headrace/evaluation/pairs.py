@@ -61,6 +61,25 @@ def compare_pairs(
     )
 
 
+def unpaired(first: str, second: str, one: Interval, other: Interval, confidence: float) -> Pair:
+    """Return the difference of two models whose resamples cannot be paired.
+
+    Both are taken as independent and normal, which on the same rows is far too wide.
+    """
+    from scipy.special import ndtr, ndtri
+
+    if one.value is None or other.value is None:
+        return Pair(first, second, Interval(None, None, None, reason="undefined"), None, None, None)
+    value = one.value - other.value
+    if one.standard_error is None or other.standard_error is None:
+        return Pair(first, second, Interval(value, None, None), None, None, None)
+    error = math.hypot(one.standard_error, other.standard_error)
+    half = float(ndtri((1 + confidence) / 2)) * error
+    change = Interval(value, value - half, value + half, standard_error=error)
+    p_value = float(2 * ndtr(-abs(value) / error)) if error else float(value == 0)
+    return Pair(first, second, change, p_value, None, smallest_detectable(error, confidence))
+
+
 def corrected(pairs: Iterable[Pair]) -> tuple[Pair, ...]:
     """Return the pairs with p-values corrected over all of them."""
     given = tuple(pairs)

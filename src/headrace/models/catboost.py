@@ -56,6 +56,7 @@ from headrace.params import Bytes, Resources, Section
 from headrace.record import Recorder
 from headrace.schema import FOLD, ROW_ID, Contract, Target, encode_target, file_stem, label_text
 from headrace.storage import canonical_json, digest_bytes, read_json, write_json
+from headrace.training.curves import LearningCurves, curves_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -281,6 +282,7 @@ def fit(
     folder = checkpoints / _signature(params, views, num_rows, task_type)
     trees: dict[str, Any] = {}
     summary: dict[str, Any] = {}
+    curves: list[dict[str, Any]] = []
     for place, (name, group) in enumerate(config.groups.items()):
         own = folder / f"target-{place}"
         if rows.stop is None:
@@ -288,8 +290,9 @@ def fit(
             params = params.model_copy(update={"iterations": num_trees})
         model = _fit_group(rows, group, config, params, task_type, own, recorder)
         summary |= {target.name: _summary(model, config.features) for target in group}
+        curves += _curves(model, _title(group))
         trees[name] = _read_back(model, own / "trees.cbm")
-    return CatboostModel(config, trees, {"rows": num_rows, "targets": summary})
+    return CatboostModel(config, trees, {"rows": num_rows, "targets": summary, "curves": curves})
 
 
 def load(folder: Path, description: Mapping[str, Any]) -> CatboostModel:
@@ -690,6 +693,16 @@ def _summary(trees: Any, features: Sequence[str]) -> dict[str, Any]:
             "inner_loss": float(inner_loss),
         }
     return found
+
+
+def _curves(trees: Any, title: str) -> list[dict[str, Any]]:
+    """Return the loss by tree as JSON values; none where no rows were held back."""
+    found = trees.get_evals_result()
+    if not found.get("validation"):
+        return []
+    ((loss, held_back),) = found["validation"].items()
+    part = LearningCurves(f"{loss} of {title}", held_back, found["learn"][loss])
+    return curves_json([part], step="tree", kept=int(trees.get_best_iteration()) + 1)
 
 
 def _read_back(trees: Any, path: Path) -> Any:

@@ -58,6 +58,11 @@ class JudgedRows:
         num_rows: int = self.inputs.num_rows
         return num_rows
 
+    def weights(self, target: str) -> Floats:
+        """Return what each row counts for a target: 0 where it has no label."""
+        weights: Floats = np.where(np.isnan(self.labels[target]), 0.0, 1.0)
+        return weights if self.weight is None else weights * self.weight
+
 
 @dataclass(frozen=True)
 class Alike:
@@ -79,11 +84,12 @@ def permutation_importances(
     """Return per target and name by how much the loss grows when the name's columns are shuffled.
 
     ``shuffled`` are columns by the name of the importance: one column, or a group. Targets without
-    a label in ``rows`` are left out.
+    a label in ``rows``, or without one that has a weight, are left out.
     """
     rng = np.random.default_rng(resampling.seed)
     orders = [rng.permutation(len(rows)) for _ in range(repeats)]
-    whole = row_losses(predict(rows.inputs), rows.labels, targets)
+    judged = [target for target in targets if rows.weights(target.name).any()]
+    whole = row_losses(predict(rows.inputs), rows.labels, judged)
     growth = {target: np.empty((repeats, len(rows), len(shuffled))) for target in whole}
     asked = list(itertools.product(enumerate(shuffled.values()), enumerate(orders)))
     # Several shuffles at once: a call takes as long for a few rows of many columns as for more.
@@ -95,10 +101,16 @@ def permutation_importances(
         ]
         parts = in_parts(predict(pa.concat_tables(copies)), len(copies))
         for ((k, _), (r, _)), values in zip(together, parts, strict=True):
-            for target, loss in row_losses(values, rows.labels, targets).items():
+            for target, loss in row_losses(values, rows.labels, judged).items():
                 growth[target][r, :, k] = loss - whole[target]
     return {
-        target: dict(zip(shuffled, _intervals(of_target, orders, rows, resampling), strict=True))
+        target: dict(
+            zip(
+                shuffled,
+                _intervals(of_target, orders, rows.weights(target), rows.units, resampling),
+                strict=True,
+            )
+        )
         for target, of_target in growth.items()
     }
 
@@ -149,12 +161,11 @@ def alike_columns(inputs: pa.Table, numeric: Sequence[str]) -> tuple[Alike, ...]
 def _intervals(
     growth_RNK: Floats,
     orders: Sequence[npt.NDArray[np.int64]],
-    rows: JudgedRows,
+    weight_N: Floats,
+    units: Units,
     resampling: Resampling,
 ) -> list[Interval]:
     """Return each thing's mean over pairs of rows, with its interval."""
-    is_labelled = ~np.isnan(growth_RNK[0, :, 0])
-    weight_N = is_labelled * (1.0 if rows.weight is None else rows.weight)
     growth_RNK = np.nan_to_num(growth_RNK)
     total = weight_N.sum()
     # einsum, for a product by BLAS depends on the number of threads in its last digits
@@ -164,11 +175,11 @@ def _intervals(
         of_pair_NK = weight_N[:, None] * (growth_NK - point_K)
         share_NK += of_pair_NK  # as the row that is judged
         share_NK[order] += of_pair_NK  # as the row whose value was dealt out
-    share_KU = sums_per_unit(share_NK.T / (len(orders) * total), rows.units)
-    counts_BU = counts(rows.units, resampling, first=0, num_resamples=resampling.num_resamples)
+    share_KU = sums_per_unit(share_NK.T / (len(orders) * total), units)
+    counts_BU = counts(units, resampling, first=0, num_resamples=resampling.num_resamples)
     means_BK = point_K + np.einsum("bu,ku->bk", counts_BU.astype(np.float64), share_KU)
     return [
-        interval(float(point), means_B, rows.units, resampling)
+        interval(float(point), means_B, units, resampling)
         for point, means_B in zip(point_K, means_BK.T, strict=True)
     ]
 

@@ -328,15 +328,17 @@ def fit_network(
                 observer=health,
                 ranks=ranks,
             )
+        curves: dict[str, Any] = {}
         if health is not None:
             health.finish(outcome)
+            curves = {"curves": health.curves(outcome)}
     return model(
         cast(Network, learner.network),
         learner.config,
         learner.statistics,
         kind=design.kind,
         device=device,
-        summary=_summary(outcome, params.stop_on, learner.config.targets),
+        summary=_summary(outcome, params.stop_on, learner.config.targets) | curves,
     )
 
 

@@ -22,7 +22,7 @@ from headrace.data.alignment import Aligned, Counted, measure, read_share, strea
 from headrace.data.lookup import rows_by_id
 from headrace.data.predictions import bytes_held, read_predictions
 from headrace.data.table import Table, open_table
-from headrace.data.truth import Truth, UnitChoice, label_bytes, line_up, read_truth
+from headrace.data.truth import Truth, UnitChoice, label_bytes, line_up, read_truth, unit_bytes
 from headrace.errors import ConfigError, DataError, IntegrityError, ResourceError, nearest
 from headrace.evaluation.blend import rounded
 from headrace.evaluation.bootstrap import (
@@ -50,6 +50,7 @@ from headrace.evaluation.interpretation import (
     interpretation_sections,
     read_interpretation,
 )
+from headrace.evaluation.learning import learning_section, read_summary
 from headrace.evaluation.metrics import MetricName, Sample
 from headrace.evaluation.page import Chart
 from headrace.evaluation.page import Section as PageSection
@@ -200,6 +201,7 @@ def evaluate(
     for folder in folders.values():
         verify_folder(folder)
     selection = _read_selection(stack, source.contract, members)
+    learnt = learning_section({name: read_summary(folder) for name, folder in members.items()})
     described = read_json(verify_file(profile.parent, profile.name)) if profile else None
     interpreted = read_interpretation(interpretation) if interpretation else None
     is_streamed = _is_streamed(source, folders, params, resources)
@@ -237,7 +239,20 @@ def evaluate(
             _write_plot_files(folder / "plots", stem, one.points)
         errors = _errors(judged, source, interpreted)
         write_json(folder / "errors.json", {"format": 1, "split": "test", "targets": errors})
-        _write(folder, judged, selection, source, test, params, described, interpreted, errors)
+        of_run = [learnt, attention_section(interpreted) if interpreted else None]
+        sections = [section for section in of_run if section is not None]
+        _write(
+            folder,
+            judged,
+            selection,
+            source,
+            test,
+            params,
+            described,
+            interpreted,
+            errors,
+            sections,
+        )
     _record(judged, out, recorder)
     if is_streamed:
         recorder.note(_streamed_note(judged))
@@ -259,7 +274,8 @@ class _TestRows:
     units: Units
     truth: Truth | None
     labelled: Mapping[str, Counted]
-    label_digest: Mapping[str, str]  # per target: of labels, weights and units of the rows
+    label_digest: Mapping[str, str]  # per target
+    unit_digest: str
 
 
 @dataclass(frozen=True)
@@ -282,13 +298,29 @@ def _read(source: Table, params: EvaluateParams) -> _TestRows:
     strata = _strata_column(source.contract, params)
     truth = read_truth(source, "test", unit=params.unit, key=_UNIT_KEY, strata=strata)
     digests = {name: digest_bytes(label_bytes(truth, name)) for name in truth.labels}
-    return _TestRows(truth.digest, len(truth.row_id), _units(truth, params), truth, {}, digests)
+    return _TestRows(
+        digest=truth.digest,
+        num_rows=len(truth.row_id),
+        units=_units(truth, params),
+        truth=truth,
+        labelled={},
+        label_digest=digests,
+        unit_digest=digest_bytes(unit_bytes(truth)),
+    )
 
 
 def _measure(source: Table, params: EvaluateParams) -> _TestRows:
     size = measure(source, "test", unit=params.unit, key=_UNIT_KEY)
     units = Units(size.unit, _NO_ROWS, size.rows.num_units)
-    return _TestRows(size.digest, size.rows.num_rows, units, None, size.labelled, size.label_digest)
+    return _TestRows(
+        digest=size.digest,
+        num_rows=size.rows.num_rows,
+        units=units,
+        truth=None,
+        labelled=size.labelled,
+        label_digest=size.label_digest,
+        unit_digest=size.unit_digest,
+    )
 
 
 def _judge_target(
@@ -432,6 +464,7 @@ def _write(
     described: Any,
     interpreted: Interpretation | None,
     errors: Mapping[str, Any],
+    sections: Sequence[PageSection],
 ) -> None:
     comparisons = [one.comparison for one in judged]
     resampled = "poisson" if test.truth is None else "multinomial"
@@ -447,6 +480,7 @@ def _write(
         {
             "format": 1,
             "split_digest": test.digest,
+            "unit_digest": test.unit_digest,
             "unit": test.units.name,
             "num_units": test.units.count,
             "num_rows": test.num_rows,
@@ -477,9 +511,7 @@ def _write(
         )
         for one in judged
     ]
-    attention = attention_section(interpreted) if interpreted else None
-    of_run = [] if attention is None else [attention]
-    page = render_report(ReportInputs(targets, settings, digests, described, of_run))
+    page = render_report(ReportInputs(targets, settings, digests, described, sections))
     write_file(folder / "report.html", page)
 
 

@@ -149,17 +149,23 @@ def current_run(folder: Path) -> Run | None:
 
 
 def find_run(folder: Path, name: str) -> Run:
-    """Return the run called ``name``: its id, its number, or ``last``.
+    """Return the run called ``name``: its id or the beginning of it, its number, or ``last``.
 
     Raises:
-        ConfigError: if there is no such run, with the nearest id.
+        ConfigError: if there is no such run, with the nearest id, or several begin like this.
     """
     known = list_runs(folder)
     wanted = [
         run_id
         for run_id in known
-        if name == run_id or (name.isdigit() and int(name) == int(run_id.partition("-")[0]))
+        if (
+            int(name) == int(run_id.partition("-")[0])
+            if name.isdigit()
+            else run_id.startswith(name)
+        )
     ]
+    if len(wanted) > 1 and not name.isdigit():
+        raise ConfigError(f"{len(wanted)} runs begin with {name!r}: {', '.join(wanted)}; name one")
     if name == "last":
         wanted = list(known[-1:])
     if not wanted:
@@ -235,6 +241,22 @@ def made_by(folder: Path, stage: str, *, key: str | None = None) -> str | None:
         if has_made and (key is None or run.stage_keys.get(stage, key) == key):
             return run_id
     return None
+
+
+def stage_in(folder: Path, run: Run, stage: str) -> StageRun | None:
+    """Return the execution of ``stage`` that made its outs in ``run``: its own or a reused one.
+
+    None if it did not finish, or this journal does not know who made what was reused.
+    """
+    own = [one for one in run.stages if one.stage == stage and one.status == "finished"]
+    if own:
+        return own[-1]
+    maker = run.reused.get(stage)
+    path = run_path(folder, maker) if maker else None
+    if path is None or not path.is_file():
+        return None
+    made = read_run(path).stages
+    return next((s for s in reversed(made) if (s.stage, s.status) == (stage, "finished")), None)
 
 
 def count_looks(folder: Path, split_digest: str, *, until: str | None = None) -> int:

@@ -527,7 +527,8 @@ def _is_for_parent(event: Event) -> bool:
     The report is not among them: the run has a copy of its own, which says what run it is.
     """
     name = event.data["name"]
-    return name == "comparison.json" or "forest" in name or "pairs" in name
+    whole = ("comparison.json", "pairs.csv", "resamples.parquet")
+    return name in whole or "forest" in name
 
 
 def _metrics(values: Mapping[str, Any], *, moment: float, step: int) -> "list[Metric]":

@@ -1,9 +1,13 @@
-"""The figure of a training run: losses and metrics by epoch."""
+"""The curves of a training run, losses and metrics by epoch or tree: a figure, and JSON values."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from headrace.evaluation.canvas import COLOURS, INK, WIDE, Figure, legend, panels, svg_of
+
+_POINTS = 200  # of a curve in JSON, which says how it goes and is no record of every step
 
 
 @dataclass(frozen=True)
@@ -37,3 +41,27 @@ def learning_curves(parts: Sequence[LearningCurves], *, kept_epoch: int, verdict
         svg,
         is_wide=True,
     )
+
+
+def curves_json(parts: Sequence[LearningCurves], *, step: str, kept: int) -> list[dict[str, Any]]:
+    """Return ``parts`` as the summary of a model holds them; ``kept`` counts ``step``s from 1."""
+    return [_curve_json(part, step, kept) for part in parts]
+
+
+def _curve_json(part: LearningCurves, step: str, kept: int) -> dict[str, Any]:
+    last = len(part.inner)
+    every = -(-last // _POINTS)
+    at = sorted({*range(1, last + 1, every), kept, last})
+
+    def values(of: Sequence[float]) -> list[float | None]:
+        found = (of[number - 1] for number in at)
+        return [float(f"{one:.6g}") if math.isfinite(one) else None for one in found]
+
+    return {
+        "title": part.title,
+        "step": step,
+        "kept": kept,
+        "at": at,
+        "held_back": values(part.inner),
+        "learnt": None if part.train is None else values(part.train),
+    }

@@ -40,7 +40,7 @@ from torch.utils.hooks import RemovableHandle
 from headrace.errors import DataError
 from headrace.record import Recorder
 from headrace.storage import write_file
-from headrace.training.curves import LearningCurves, learning_curves
+from headrace.training.curves import LearningCurves, curves_json, learning_curves
 from headrace.training.distributed import Ranks, own_norms
 from headrace.training.learner import Epoch, Learner, Losses
 from headrace.training.loop import Outcome
@@ -244,21 +244,27 @@ class Health:
         self._draw(outcome, verdict)
         return verdict
 
+    def curves(self, outcome: Outcome) -> list[dict[str, Any]]:
+        """Return the curves as JSON values; none where no rows were held back."""
+        return curves_json(self._parts(), step="epoch", kept=outcome.best_epoch)
+
     def _draw(self, outcome: Outcome, verdict: Verdict) -> None:
+        figure = learning_curves(self._parts(), kept_epoch=outcome.best_epoch, verdict=verdict.name)
+        path = self._folder / f"{figure.name}.svg"
+        write_file(path, figure.file_text())
+        self._recorder.file(path, folder="figures")
+
+    def _parts(self) -> list[LearningCurves]:
         parts = [
             LearningCurves(
                 f"loss of {name}", self._series("inner", name), self._series("train", name)
             )
             for name in self._history[0]["inner"]
         ]
-        parts += [
+        return parts + [
             LearningCurves(name, self._series("metrics", name))
             for name in self._history[0]["metrics"]
         ]
-        figure = learning_curves(parts, kept_epoch=outcome.best_epoch, verdict=verdict.name)
-        path = self._folder / f"{figure.name}.svg"
-        write_file(path, figure.file_text())
-        self._recorder.file(path, folder="figures")
 
     def _series(self, part: str, name: str) -> list[float]:
         return [one[part].get(name, math.nan) for one in self._history]
