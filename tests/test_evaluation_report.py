@@ -9,10 +9,17 @@ from sklearn.metrics import roc_auc_score
 
 from headrace.evaluation import charts, curves
 from headrace.evaluation.bootstrap import Interval, Units
+from headrace.evaluation.comparison import Comparison, Judged
 from headrace.evaluation.identity import identified
 from headrace.evaluation.learning import learning_section
+from headrace.evaluation.metrics import METRICS
 from headrace.evaluation.page import Chart, Section, Table
-from headrace.evaluation.report import ReportInputs, interval_text, render_report
+from headrace.evaluation.report import (
+    ReportInputs,
+    TargetSection,
+    interval_text,
+    render_report,
+)
 from headrace.training.curves import LearningCurves, curves_json
 from tests.evaluation_case import Case
 
@@ -260,3 +267,63 @@ def test_curves_of_a_model_are_thinned_to_what_shows_how_it_went():
     assert found["learnt"] is None
     (short,) = curves_json([LearningCurves("loss", [1.0, math.nan], [2.0, 3.0])], step="s", kept=1)
     assert (short["held_back"], short["learnt"]) == ([1.0, None], [2.0, 3.0])
+
+
+def comparison_of(values, verdicts, num_units=40):
+    """A regression; ``values`` of models by metric, 1 for others, and their verdict by RMSE."""
+    judged = tuple(
+        Judged(
+            model,
+            metric,
+            Interval(value, value - 0.1 * abs(value), value + 0.1 * abs(value)),
+            Interval(0.0, 0.0, 0.0),
+            verdicts[model],
+        )
+        for model, known in values.items()
+        for metric in METRICS["regression"]
+        for value in [known.get(metric.name, 1.0)]
+    )
+    return Comparison("y", "regression", "rmse", "a", "day", num_units, 900, 0, 0.95, judged, {})
+
+
+def test_intervals_over_many_decades_get_a_log_axis():
+    """Only where all are positive, and only the metric that needs it."""
+    values = {"a": {"rmse": 1.0, "r2": -1.0}, "b": {"rmse": 5e3, "mae": 5.0, "r2": 0.9}}
+    comparison = comparison_of(values, {"a": "chosen", "b": "worse"})
+    choices = charts.forest(comparison, confidence=0.95).layout["choices"]
+    assert choices["RMSE"]["xaxis"]["type"] == "log"
+    assert not any("type" in choices[title]["xaxis"] for title in ("MAE", "R²"))
+
+
+SELECTION = {
+    "reason": "because",
+    "blend": {"kind": "mean", "weights": {"a": 1.0}},
+    "ranking": [],
+    "rows": "valid",
+    "blend_value": {"valid": 1.0},
+}
+
+
+@pytest.mark.parametrize(
+    ("others", "num_units", "said"),
+    [
+        ({"b": "worse", "c": "worse"}, 40, ("better than all others", "The choice is clear")),
+        (
+            {"b": "tied", "c": "worse"},
+            40,
+            ("than c beyond chance; tied with b", "cheapest of"),
+        ),
+        ({"b": "tied", "c": "tied"}, 7, ("tied with b and c", "Test on more days: 7 days are too")),
+        ({"b": "better"}, 40, ("worse than b on these rows", "Test rows do not choose: see")),
+        ({}, 40, ("compared with no other model", "Train another kind")),
+    ],
+)
+def test_the_first_screen_says_how_sure_and_what_next(others, num_units, said):
+    """By the verdicts, and by how many units there are."""
+    verdicts = {"a": "chosen", **others}
+    comparison = comparison_of({model: {} for model in verdicts}, verdicts, num_units)
+    section = TargetSection(comparison, SELECTION, ())
+    page = render_report(ReportInputs([section], SETTINGS, {}, None))
+    answer = page[page.index('class="answer"') : page.index('id="headline"')]
+    for text in said:
+        assert text in answer

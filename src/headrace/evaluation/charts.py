@@ -33,9 +33,12 @@ def forest(comparison: Comparison, *, confidence: float) -> Chart:
     """Every model's interval, one metric at a time; the chosen model's value as a line."""
     models = best_first(comparison)
     traces: list[Json] = []
+    layout = _rows_layout(comparison, models, lambda metric: f"{metric.title} {_arrow(metric)}")
     for metric in _metrics(comparison):
         judged = [comparison.of(model, metric.name) for model in models]
         traces += _intervals(judged, [one.estimate for one in judged], metric)
+        ends = [end for one in judged for end in _ends(one.estimate)]
+        layout["choices"][metric.title]["xaxis"] |= _scale(np.array(ends))
         value = comparison.of(comparison.chosen, metric.name).estimate.value
         if value is not None:
             traces.append(_line([value, value], [0, 1], metric.title) | {"yaxis": "y2"})
@@ -45,7 +48,7 @@ def forest(comparison: Comparison, *, confidence: float) -> Chart:
         f"Dotted line: the chosen model, {comparison.chosen}. {_primary(comparison).title}: "
         f"{_said(comparison, models)}.",
         tuple(traces),
-        _rows_layout(comparison, models, lambda metric: f"{metric.title} {_arrow(metric)}"),
+        layout,
     )
 
 
@@ -220,13 +223,14 @@ def calibrations(curves: Mapping[str, Calibration], *, predicted: str, observed:
         )
     values = np.concatenate([np.r_[c.predicted, c.observed] for c in curves.values()])
     ends = [float(values.min()), float(values.max())]
+    scale = _scale(np.concatenate([values, *(c.low for c in curves.values())]))
     return Chart(
         "calibration",
         "Calibration",
         "Rows in ten bins of equally many by prediction; bars: interval of the mean outcome by "
         f"unit. Dotted: perfect. Models: {', '.join(curves)}.",
         (*traces, _line(ends, ends)),
-        {"xaxis": _axis(predicted), "yaxis": _axis(observed)},
+        {"xaxis": _axis(predicted) | scale, "yaxis": _axis(observed) | scale},
     )
 
 
@@ -304,10 +308,8 @@ def cells(
         f"{_plain(first.y_edges[-1])}; the more rows, the stronger the colour. Dotted: no error.",
         tuple(traces),
         {
-            "xaxis": _axis(f"prediction, {unit}")
-            | ({"type": "log"} if spans_decades(first.x_edges) else {}),
-            "yaxis": _axis(f"{y}, {unit}")
-            | ({"type": "log"} if spans_decades(first.y_edges) else {}),
+            "xaxis": _axis(f"prediction, {unit}") | _scale(first.x_edges),
+            "yaxis": _axis(f"{y}, {unit}") | _scale(first.y_edges),
         },
     )
 
@@ -414,6 +416,15 @@ def _line(x: Sequence[float], y: Sequence[float], choice: str = "") -> Json:
 
 def _axis(title: str) -> Json:
     return {"title": {"text": title}}
+
+
+def _scale(values: Floats) -> Json:
+    """A logarithmic axis where ``values`` need one; NaN counts for nothing."""
+    return {"type": "log"} if spans_decades(values[~np.isnan(values)]) else {}
+
+
+def _ends(interval: Interval) -> list[float]:
+    return [end for end in (interval.low, interval.value, interval.high) if end is not None]
 
 
 def _share(title: str) -> Json:

@@ -232,6 +232,8 @@ def _next_steps(comparison: Comparison) -> list[str]:
             f"{_listed(tied)} cannot be told from {comparison.chosen} on these {unit}s: take the "
             f"cheapest of them, or test on more {unit}s."
         )
+    if len(comparison.models) == 1:
+        steps.append("Train another kind of model beside it, to see how much there is to gain.")
     if not steps:
         steps.append("The choice is clear. Look at where it still errs: its worst rows and slices.")
     return steps
