@@ -236,6 +236,30 @@ def compare(
 
 
 @app.command()
+def power(
+    target: Annotated[
+        str | None, typer.Option("--target", "-t", help="Only this target; default: all.")
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option("--metric", help="Of --difference; default: the primary one.")
+    ] = None,
+    difference: Annotated[
+        float | None,
+        typer.Option("--difference", help="Say how many rows or units this one would need."),
+    ] = None,
+    correlation: Annotated[
+        float, typer.Option("--correlation", help="Of models' errors, where none has predicted.")
+    ] = 0.9,
+) -> None:
+    """Say which difference between two models the test rows could tell, before training."""
+    from headrace.commands.power import power as look
+    from headrace.commands.power import print_power
+
+    found = look(_project(), target=target, correlation=correlation)
+    print_power(found, metric=metric, asked=difference, console=_console())
+
+
+@app.command()
 def batch(
     split: Annotated[str, typer.Option("--split", help="train, valid or test.")] = "train",
     rows: Annotated[int, typer.Option("--rows", help="First rows to show.")] = 8,
