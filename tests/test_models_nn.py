@@ -336,6 +336,9 @@ def test_target_weights_and_stop_on_have_an_effect(views, tmp_path):
 
     assert plain["weights.safetensors"] != heavy["weights.safetensors"]
     assert model.summary["inner_loss"] == min(curve)
+    kept = {one["title"]: one for one in model.summary["curves"]}["loss of late"]
+    assert kept["held_back"] == pytest.approx(curve, rel=1e-5)
+    assert kept["kept"] == kept["at"][int(np.argmin(curve))] == model.summary["best_epoch"]
 
 
 def test_metrics_of_an_epoch_are_those_that_evaluate_finds(views, tmp_path):
