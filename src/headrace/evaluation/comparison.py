@@ -104,13 +104,11 @@ def judge(
 
 
 def all_pairs(
-    scored: Mapping[str, Scored], task: Task, units: Units, resampling: Resampling
+    scored: Mapping[str, Scored], units: Units, resampling: Resampling
 ) -> dict[MetricName, tuple[Pair, ...]]:
     """Return every pair of models, per metric."""
-    return {
-        metric.name: compare_pairs(metric.name, scored, units, resampling)
-        for metric in METRICS[task]
-    }
+    metrics = next(iter(scored.values())).points
+    return {metric: compare_pairs(metric, scored, units, resampling) for metric in metrics}
 
 
 def metrics_json(comparisons: list[Comparison]) -> dict[str, Any]:

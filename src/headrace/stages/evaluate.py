@@ -359,7 +359,7 @@ def _judge_target(
         num_unlabelled=int((~is_labelled).sum()),
         confidence=params.confidence,
         judged=judge(scored, selection["chosen"], target.task, labelled_units, resampling),
-        pairs=all_pairs(scored, target.task, labelled_units, resampling),
+        pairs=all_pairs(scored, labelled_units, resampling),
     )
     charts, points = draw(
         target,
@@ -417,7 +417,7 @@ def _judge_stream(
         num_unlabelled=test.num_rows - labelled.num_rows,
         confidence=params.confidence,
         judged=judge(scored, selection["chosen"], target.task, units, resampling),
-        pairs=all_pairs(scored, target.task, units, resampling),
+        pairs=all_pairs(scored, units, resampling),
     )
     share = min(1.0, _DRAWN_ROWS / labelled.num_rows)
     drawn = {
