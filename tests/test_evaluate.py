@@ -458,8 +458,10 @@ def test_a_target_without_any_test_label_is_refused(tmp_path):
     """Nothing could be said of it."""
     case = Case(targets=(LATE,))
     case.labels["test"]["late"][:] = np.nan
-    with pytest.raises(DataError, match="'late' has no label in any of the 600 test rows"):
-        run(case, tmp_path)
+    for resampling in ("multinomial", "poisson"):
+        params = EvaluateParams(num_resamples=200, resampling=resampling)
+        with pytest.raises(DataError, match="'late' has no label in any of the 600 test rows"):
+            run(case, tmp_path, params)
 
 
 def test_a_selection_of_other_models_is_refused(tmp_path):
@@ -501,12 +503,72 @@ def test_damaged_inputs_are_refused(tmp_path):
         )
 
 
+BAD = {
+    "nan": (LATE, np.nan, r"2 predictions are NaN or infinite"),
+    "infinite": (DELAY, -np.inf, r"2 predictions are NaN or infinite"),
+    "below 0": (LATE, -0.25, r"2 predictions are no probabilities between 0 and 1, worst -0.25"),
+    "above 1": (CARRIER, 1.5, r"2 predictions are no probabilities between 0 and 1, worst 1.5"),
+    "sums": (CARRIER, 1.0, r"2 rows have class probabilities that do not sum to 1, worst 1\.\d+"),
+}
+
+
+@pytest.mark.parametrize("resampling", ["multinomial", "poisson"])
+@pytest.mark.parametrize("bad", BAD)
+def test_values_that_are_no_predictions_are_refused(tmp_path, monkeypatch, bad, resampling):
+    """Of a model folder whose writer let them pass: model, target, count, worst and first ids."""
+    target, value, message = BAD[bad]
+    case = Case(targets=(target,))
+    table, members = case.write(tmp_path)
+    _stack(table, members, tmp_path)
+    first, second = case.row_id["test"][[1, 300]]
+
+    def spoiled(found):
+        values = found.values.reshape(len(found.row_id), -1)
+        values[np.isin(found.row_id, [first, second]), 0] = value
+        return found
+
+    with pytest.raises(DataError, match=rf"model 'plain', target {target.name!r}: {message}"):
+        case.write_model(tmp_path / "refused", "plain", spoiled)
+    with monkeypatch.context() as patched:
+        patched.setattr("headrace.data.predictions._Faults.refuse_any", lambda _: None)
+        case.write_model(members["plain"], "plain", spoiled)
+    monkeypatch.setattr("headrace.data.predictions._BATCH_ROWS", 256)  # two batches have one each
+    ids = rf"first row ids \['{first}', '{second}'\]; change .* take it out of `models`"
+    with pytest.raises(
+        DataError, match=rf"model 'plain', target {target.name!r}: {message}.*{ids}"
+    ):
+        evaluate(
+            table, members, tmp_path / "stack", tmp_path / "evaluate",
+            EvaluateParams(num_resamples=200, resampling=resampling),
+            resources=Resources(), recorder=MemoryRecorder(),
+        )  # fmt: skip
+    with pytest.raises(DataError, match=message):
+        _stack(table, members, tmp_path)
+
+
+def _stack(table, members, root):
+    params = StackParams(num_resamples=200)
+    resources, recorder = Resources(), MemoryRecorder()
+    stack(table, members, root / "stack", params, resources=resources, recorder=recorder)
+
+
 def test_a_class_that_training_never_saw_is_named(tmp_path):
-    """The contract has no label for it."""
+    """The contract has no label for it; whether rows are in memory or streamed."""
     case = Case(targets=(CARRIER,))
+    table, members = case.write(tmp_path)
+    _stack(table, members, tmp_path)
+    num_rows = int((case.labels["test"]["carrier"] == 2).sum())
     case._column = lambda _, values: [f"{'AA' if v < 2 else 'ZZ'}" for v in values]
-    with pytest.raises(SchemaError, match=r"classes \['ZZ'\], which the train rows do not have"):
-        run(case, tmp_path)
+    case.write_table(table)
+    for resampling in ("multinomial", "poisson"):
+        with pytest.raises(
+            SchemaError, match=rf"'carrier' .*not have: 'ZZ' \(rows here: {num_rows}\)"
+        ):
+            evaluate(
+                table, members, tmp_path / "stack", tmp_path / "evaluate",
+                EvaluateParams(num_resamples=200, resampling=resampling),
+                resources=Resources(), recorder=MemoryRecorder(),
+            )  # fmt: skip
 
 
 def test_bad_weights_are_refused(tmp_path):

@@ -229,11 +229,12 @@ def _decimal_text(values: pa.Array) -> pa.Array:
     return pc.if_else(pc.and_not(is_short, is_whole), as_float, text)
 
 
-def _used(text: pa.Array, is_wanted: pa.Array, indices: pa.Array) -> list[str]:
-    """Return the first texts of a dictionary that are wanted and that some row has."""
-    is_used = np.zeros(len(text), bool)
-    is_used[pc.drop_null(pc.unique(indices)).to_numpy().astype(np.int64)] = True
-    return list(text.filter(pc.and_(is_wanted, pa.array(is_used))).to_pylist()[:5])
+def _rows_of(text: pa.Array, is_wanted: pa.Array, indices: pa.Array) -> dict[str, int]:
+    """Return how many rows have the first texts of a dictionary that are wanted and used."""
+    of_row = pc.drop_null(indices).to_numpy().astype(np.int64)
+    num_rows = np.bincount(of_row, minlength=len(text))
+    wanted = np.flatnonzero((num_rows > 0) & is_wanted.to_numpy(zero_copy_only=False))
+    return {text[i].as_py(): int(num_rows[i]) for i in wanted[:5].tolist()}
 
 
 def encode_target(values: pa.Array | pa.ChunkedArray, target: Target) -> npt.NDArray[np.float64]:
@@ -242,7 +243,7 @@ def encode_target(values: pa.Array | pa.ChunkedArray, target: Target) -> npt.NDA
     Shape: one number per row.
 
     Raises:
-        SchemaError: if a class is not among the labels of the contract, naming it.
+        SchemaError: if a class is not among the contract's labels, with the number of its rows.
     """
     if isinstance(values, pa.ChunkedArray):
         values = values.combine_chunks()
@@ -259,10 +260,12 @@ def encode_target(values: pa.Array | pa.ChunkedArray, target: Target) -> npt.NDA
     codes_of_text = pc.index_in(text, value_set=pa.array(target.labels, pa.string()))
     codes = codes_of_text.take(values.indices)
     unknown = pc.and_(pc.is_null(codes_of_text), pc.is_valid(text))
-    if pc.any(unknown).as_py() and (found := _used(text, unknown, values.indices)):
+    if pc.any(unknown).as_py() and (found := _rows_of(text, unknown, values.indices)):
+        rows = ", ".join(f"{label!r} (rows here: {count})" for label, count in found.items())
         raise SchemaError(
-            f"target {target.name!r} has the classes {found}, which the train rows do not have; "
-            f"known: {list(target.labels)}"
+            f"target {target.name!r} has classes that the train rows do not have: {rows}; known: "
+            f"{list(target.labels)}; leave such rows out in the recipe or put the class together "
+            f"with another, then `headrace repro`"
         )
     result: npt.NDArray[np.float64] = codes.cast(pa.float64()).to_numpy(zero_copy_only=False)
     return result

@@ -9,6 +9,9 @@ multiclass target. Joined by ``row_id`` only.
 
 In memory nothing is a Python object per row: text and lists are codes. Reading and writing hold
 what ``bytes_held`` says, and one batch.
+
+Values that are no predictions are refused by whoever writes them and again by whoever reads them,
+in memory or as a stream: a metric of them would be a number like any other.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,6 +31,8 @@ FOLDER = "predictions"
 VALID_SEEN = -1  # stands among the folds seen for the valid split
 _BATCH_ROWS = 1 << 17
 _NO_FOLD = -128  # fills lists up to one length
+_SUM_TOLERANCE = 1e-6  # of a row's class probabilities
+_NUM_NAMED = 5  # row ids in a message
 
 
 @dataclass(frozen=True)
@@ -70,10 +75,13 @@ def write_predictions(folder: Path, predictions: Predictions, target: Target) ->
     """Write one target's predictions below ``folder``, which the caller publishes when whole.
 
     Raises:
-        DataError: if a prediction is not finite, a probability is outside [0, 1] or a row id
-            comes twice: with the count and the first row ids.
+        DataError: if a prediction is NaN or infinite, a probability is outside [0, 1], those of a
+            row do not sum to 1, or a row id comes twice: with the count and the first row ids.
     """
-    _refuse_bad(predictions, target)
+    faults = _Faults(predictions.model, target)
+    faults.look(predictions.row_id, predictions.values.reshape(len(predictions.row_id), -1))
+    faults.refuse_any()
+    _refuse_twice(predictions)
     path = folder / FOLDER / f"{file_stem(predictions.target)}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
     order = np.argsort(predictions.row_id, kind="stable")
@@ -89,6 +97,7 @@ def read_predictions(folder: Path, target: Target) -> Predictions:
     """Read one target's predictions of the model folder ``folder`` (already verified).
 
     Raises:
+        DataError: if values are no predictions, as ``write_predictions``.
         IntegrityError: if the file is missing or lacks a column of the layout.
     """
     path = _existing(folder, target)
@@ -110,6 +119,7 @@ def read_predictions(folder: Path, target: Target) -> Predictions:
             seen=np.empty(num_rows, np.int32),
         )
         codes: dict[tuple[int, ...], int] = {}
+        faults = _Faults(found.model, target)
         start = 0
         for batch in file.iter_batches(_BATCH_ROWS, columns=wanted):
             rows = slice(start, start := start + batch.num_rows)
@@ -117,8 +127,9 @@ def read_predictions(folder: Path, target: Target) -> Predictions:
             found.fold[rows] = batch[FOLD].fill_null(-1).to_numpy()
             found.split[rows] = _split_codes(batch["split"], path)
             found.seen[rows] = _seen_codes(batch["folds_seen"], codes)
-            for column, name in enumerate(names):
-                found.values[rows, column] = batch[name].to_numpy()
+            found.values[rows] = _values(batch, names)
+            faults.look(found.row_id[rows], found.values[rows])
+    faults.refuse_any()
     values = found.values if target.task == "multiclass" else found.values[:, 0]
     return replace(found, values=values, folds_seen=tuple(codes))
 
@@ -129,10 +140,13 @@ def stream_predictions(
     """Yield row ids and values of one split, in the order of the ids; memory stays at a batch.
 
     Raises:
+        DataError: if values are no predictions, as ``write_predictions``; none of the batch that
+            has the first of them is given out, and the rest of the split is counted.
         IntegrityError: if the file is missing, or its row ids do not rise.
     """
     path = _existing(folder, target)
     names = _value_columns(target)
+    faults = _Faults(folder.name, target)
     last: int | None = None
     with pq.ParquetFile(path) as file:
         for batch in file.iter_batches(_BATCH_ROWS, columns=[ROW_ID, "split", *names]):
@@ -143,8 +157,11 @@ def stream_predictions(
             if (np.diff(row_id) <= 0).any() or (last is not None and row_id[0] <= last):
                 raise IntegrityError(f"{path} is not sorted by row id; run its stage again")
             last = int(row_id[-1])
-            values = np.column_stack([batch[name].to_numpy()[is_wanted] for name in names])
-            yield row_id, values if target.task == "multiclass" else values[:, 0]
+            values = _values(batch, names)[is_wanted]
+            faults.look(row_id, values)
+            if not faults.are_any:
+                yield row_id, values if target.task == "multiclass" else values[:, 0]
+    faults.refuse_any()
 
 
 def bytes_held(folder: Path, target: Target) -> int:
@@ -224,27 +241,90 @@ def _value_columns(target: Target) -> Sequence[str]:
     return ["prediction"]
 
 
-def _refuse_bad(predictions: Predictions, target: Target) -> None:
-    who = f"model {predictions.model!r}, target {target.name!r}"
-    values = predictions.values.reshape(len(predictions.row_id), -1)
-    not_finite = np.flatnonzero(~np.isfinite(values).all(axis=1))
-    if len(not_finite):
-        raise DataError(
-            f"{who}: {len(not_finite)} predictions are not finite; "
-            f"first row ids: {_ids(predictions, not_finite)}"
-        )
-    if target.task != "regression":
-        is_outside = ((values < 0) | (values > 1)).any(axis=1)
-        is_unsummed = np.abs(values.sum(axis=1) - 1) > 1e-6
-        wrong = is_outside | is_unsummed if target.task == "multiclass" else is_outside
-        if len(positions := np.flatnonzero(wrong)):
-            raise DataError(
-                f"{who}: {len(positions)} predictions are no probabilities; "
-                f"first row ids: {_ids(predictions, positions)}"
-            )
+def _values(batch: pa.RecordBatch, names: Sequence[str]) -> npt.NDArray[np.float64]:
+    """Return the predictions of a batch, (rows, columns); NaN where there is none."""
+    return np.column_stack([batch[name].to_numpy(zero_copy_only=False) for name in names])
+
+
+def _refuse_twice(predictions: Predictions) -> None:
     if len(np.unique(predictions.row_id)) != len(predictions.row_id):
-        raise DataError(f"{who}: a row id comes twice among the predictions")
+        raise DataError(
+            f"model {predictions.model!r}, target {predictions.target!r}: a row id comes twice "
+            f"among the predictions"
+        )
 
 
-def _ids(predictions: Predictions, positions: npt.NDArray[np.intp]) -> list[str]:
-    return [str(row_id) for row_id in predictions.row_id[positions[:5]]]
+@dataclass
+class _Fault:
+    """Rows with one fault: how many, the first few, and the value that is farthest off."""
+
+    num_rows: int = 0
+    first: tuple[str, ...] = ()
+    worst: float | None = None
+    distance: float = 0.0
+
+
+class _Faults:
+    """Counts the rows of one model and target whose values are no predictions."""
+
+    def __init__(self, model: str, target: Target) -> None:
+        self._model, self._target = model, target
+        self._found: dict[str, _Fault] = {}
+
+    @property
+    def are_any(self) -> bool:
+        """Whether any row looked at is bad."""
+        return bool(self._found)
+
+    def look(self, row_id: npt.NDArray[np.int64], values: npt.NDArray[np.float64]) -> None:
+        """Count what is wrong with ``values`` (rows, columns): of each row one thing."""
+        is_finite = np.isfinite(values).all(axis=1)
+        if not is_finite.all():
+            self._add("predictions are NaN or infinite", row_id[~is_finite])
+            row_id, values = row_id[is_finite], values[is_finite]
+        if self._target.task == "regression":
+            return
+        is_inside = ((values >= 0) & (values <= 1)).all(axis=1)
+        if not is_inside.all():
+            outside = values[~is_inside]
+            farthest = np.abs(outside - 0.5).argmax(axis=1)
+            worst = outside[np.arange(len(outside)), farthest]
+            what = "predictions are no probabilities between 0 and 1"
+            self._add(what, row_id[~is_inside], worst, near=0.5)
+            row_id, values = row_id[is_inside], values[is_inside]
+        if self._target.task == "multiclass":
+            total = values.sum(axis=1)
+            is_unsummed = np.abs(total - 1) > _SUM_TOLERANCE
+            if is_unsummed.any():
+                what = "rows have class probabilities that do not sum to 1"
+                self._add(what, row_id[is_unsummed], total[is_unsummed], near=1)
+
+    def refuse_any(self) -> None:
+        """Raise ``DataError`` if any row is bad, with all that is wrong."""
+        if not self._found:
+            return
+        said = []
+        for what, fault in self._found.items():
+            worst = "" if fault.worst is None else f", worst {fault.worst:.9g}"
+            said.append(f"{fault.num_rows} {what}{worst}, first row ids {list(fault.first)}")
+        raise DataError(
+            f"model {self._model!r}, target {self._target.name!r}: {'; '.join(said)}; change the "
+            f"model's settings or take it out of `models` in params.yaml, then `headrace repro`"
+        )
+
+    def _add(
+        self,
+        what: str,
+        row_id: npt.NDArray[np.int64],
+        values: npt.NDArray[np.float64] | None = None,
+        *,
+        near: float = 0.0,
+    ) -> None:
+        fault = self._found.setdefault(what, _Fault())
+        fault.num_rows += len(row_id)
+        fault.first = (*fault.first, *map(str, row_id[:_NUM_NAMED].tolist()))[:_NUM_NAMED]
+        if values is not None:
+            distance = np.abs(values - near)
+            if distance.max() > fault.distance:
+                fault.distance = float(distance.max())
+                fault.worst = float(values[distance.argmax()])
