@@ -1,6 +1,7 @@
 """Curves, figures and the page's numbers: what a reader sees is what was computed."""
 
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -327,3 +328,19 @@ def test_the_first_screen_says_how_sure_and_what_next(others, num_units, said):
     answer = page[page.index('class="answer"') : page.index('id="headline"')]
     for text in said:
         assert text in answer
+
+
+@pytest.mark.parametrize(
+    ("num_models", "first", "down"), [(2, "metric", "RMSE\u00a0↓"), (9, "model", "a")]
+)
+def test_many_metrics_of_few_models_stand_below_each_other(num_models, first, down, monkeypatch):
+    """Else the columns would not fit a page; the chosen model comes first either way."""
+    monkeypatch.setattr("headrace.evaluation.report._FITTING", 2)
+    names = "abcdefghi"[:num_models]
+    verdicts = dict.fromkeys(names, "worse") | {"a": "chosen"}
+    comparison = comparison_of({name: {"rmse": 1.0 + ord(name)} for name in names}, verdicts)
+    section = TargetSection(comparison, SELECTION, ())
+    page = render_report(ReportInputs([section], SETTINGS, {}, None))
+    table = page[page.index('<p class="caption" id="target-1-table-all"') :]
+    assert re.findall(r'<button type="button">(.+?)</button>', table)[0] == first
+    assert re.findall(r'<th scope="row" data-value="(.+?)"', table)[0] == down

@@ -34,6 +34,7 @@ _MARKS = {
     "worse": ("▽", "worse than the chosen model: the interval of their difference excludes 0"),
     "unknown": ("?", "the difference to the chosen model has no interval"),
 }
+_FITTING = 7  # columns of values that fit beside the names, on a screen and on paper
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,6 @@ def _target_view(
     metrics = sorted(METRICS[comparison.task], key=lambda one: one.name != comparison.primary)
     primary = metrics[0]
     names = best_first(comparison)
-    models = [_model_view(model, comparison, metrics) for model in names]
     return {
         "name": comparison.target,
         "anchor": anchor,
@@ -132,7 +132,18 @@ def _target_view(
         "next_steps": _next_steps(comparison),
         "is_few": comparison.num_units < FEW_UNITS,
         "few": FEW_UNITS,
-        "models": models,
+        "models": [
+            {
+                "name": model,
+                "is_chosen": model == comparison.chosen,
+                "cell": _cell_view(comparison.of(model, primary.name)),
+            }
+            for model in names
+        ],
+        "all_metrics": _grid_view(names, metrics, comparison),
+        "differences": _grid_view(
+            [model for model in names if model != comparison.chosen], metrics, comparison
+        ),
         "bars": _bars([comparison.of(m, primary.name).estimate for m in names]),
         "selection": section.selection,
         "blend": str(blend_of(section.selection["blend"])),
@@ -142,9 +153,34 @@ def _target_view(
     }
 
 
-def _model_view(model: str, comparison: Comparison, metrics: Sequence[Metric]) -> dict[str, Any]:
-    cells = [_cell_view(comparison.of(model, metric.name)) for metric in metrics]
-    return {"name": model, "is_chosen": model == comparison.chosen, "cells": cells}
+def _grid_view(
+    models: Sequence[str], metrics: Sequence[Metric], comparison: Comparison
+) -> dict[str, Any]:
+    """Return models by metrics: models down, or across where the metrics would not fit."""
+    of_models: list[dict[str, Any]] = [
+        {"text": model, "note": "", "meaning": "", "is_chosen": model == comparison.chosen}
+        for model in models
+    ]
+    of_metrics: list[dict[str, Any]] = [
+        {
+            "text": f"{metric.title}\N{NO-BREAK SPACE}{'↑' if metric.higher_is_better else '↓'}",
+            "note": "chosen by" if metric.name == comparison.primary else "",
+            "meaning": metric.meaning,
+            "is_chosen": False,
+        }
+        for metric in metrics
+    ]
+    cells = [
+        [_cell_view(comparison.of(model, metric.name)) for metric in metrics] for model in models
+    ]
+    if len(metrics) <= max(_FITTING, len(models)):
+        rows = zip(of_models, cells, strict=True)
+        what, heads = "model", of_metrics
+    else:
+        rows = zip(of_metrics, map(list, zip(*cells, strict=True)), strict=True)
+        what, heads = "metric", of_models
+    shown = [{"head": head, "cells": of_row} for head, of_row in rows] if models else []
+    return {"what": what, "heads": heads, "rows": shown}
 
 
 def _cell_view(one: Judged) -> dict[str, Any]:
