@@ -13,6 +13,7 @@ from headrace.models.importance import (
     permutation_importances,
     row_losses,
 )
+from headrace.models.probe import with_rows_of
 from headrace.schema import Target
 
 Y = Target(name="y", task="regression")
@@ -221,3 +222,12 @@ def test_the_rank_correlation_is_spearmans_with_ties():
     (group,) = alike_columns(pa.table({"one": one, "other": other}), ["one", "other"])
 
     assert group.correlation == pytest.approx(spearmanr(one, other).statistic, abs=1e-12)
+
+
+def test_columns_stay_as_they_were_declared_when_rows_are_exchanged():
+    """A column without nulls stays one, so that copies can be put together."""
+    schema = pa.schema([pa.field("a", pa.float64(), nullable=False), pa.field("b", pa.int8())])
+    rows = pa.table({"a": [1.0, 2.0], "b": [1, None]}, schema=schema)
+    changed = with_rows_of(rows, ["a", "b"], np.array([1, 0]))
+    assert changed.schema == schema
+    assert pa.concat_tables([rows, changed])["a"].to_pylist() == [1, 2, 2, 1]

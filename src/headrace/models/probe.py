@@ -32,7 +32,9 @@ def with_rows_of(rows: pa.Table, columns: Sequence[str], order: npt.NDArray[np.i
     """Return ``rows`` whose ``columns`` are those of the rows in ``order``, all from one row."""
     taken = pa.array(order)
     for name in columns:
-        rows = rows.set_column(rows.column_names.index(name), name, rows[name].take(taken))
+        place = rows.column_names.index(name)
+        # With the field as it is: by its name alone a column without nulls would become nullable.
+        rows = rows.set_column(place, rows.schema.field(place), rows[name].take(taken))
     return rows
 
 
