@@ -243,7 +243,11 @@ def _detectable(
 
 
 def _assumption(target: Target, split: str, correlation: float) -> str:
-    skill = f"R² {EXPLAINED:g}" if target.task == "regression" else f"ROC-AUC {RANKED:g} of a class"
+    skill = {
+        "regression": f"R² {EXPLAINED:g}",
+        "binary": f"ROC-AUC {RANKED:g}",
+        "multiclass": f"ROC-AUC {RANKED:g} between two classes",
+    }[target.task]
     return (
         f"no two models have predicted {split} rows yet, so this is an assumption: two models of "
         f"{skill} whose errors have a correlation of {correlation:g} (--correlation), rows "
