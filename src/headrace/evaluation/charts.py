@@ -26,6 +26,7 @@ from headrace.evaluation.page import Chart
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Json: TypeAlias = dict[str, Any]
+_FULL_ROWS = 20  # of a confusion matrix; of more each is lower
 _SYMBOLS = ("circle", "square", "triangle-up", "diamond", "cross", "x", "star", "hexagon")
 
 
@@ -178,7 +179,7 @@ def confusions(shares: Mapping[str, Floats], labels: Sequence[str], *, how: str)
                 "texttemplate": "%{z:.0%}" if len(labels) <= 12 else "",
                 "hovertemplate": "true %{y}, predicted %{x}<br>%{z:.2%} of the true class<br>"
                 "%{customdata:.2%} of all rows<extra></extra>",
-                "colorbar": _bar("share of the true class", tickformat=".0%"),
+                "colorbar": {"title": {"text": "share of the true class"}, "tickformat": ".0%"},
                 "choice": model,
             }
         )
@@ -191,7 +192,7 @@ def confusions(shares: Mapping[str, Floats], labels: Sequence[str], *, how: str)
         {
             "xaxis": _axis("predicted class") | square,
             "yaxis": _axis("true class") | square | {"autorange": "reversed"},
-            "height": 220 + 34 * len(labels),
+            "height": 220 + 34 * min(len(labels), _FULL_ROWS),
         },
     )
 
@@ -293,7 +294,8 @@ def cells(
                 "hovertemplate": f"prediction %{{x:.4g}}<br>{y} %{{y:.4g}}<br>"
                 "%{customdata:.3%} of the rows<extra></extra>",
                 "hoverongaps": False,
-                "colorbar": _bar("share of rows, log scale", **_share_ticks(low, high)),
+                "colorbar": {"title": {"text": "share of rows, log scale"}}
+                | _share_ticks(low, high),
                 "choice": model,
             }
         )
@@ -429,10 +431,6 @@ def _ends(interval: Interval) -> list[float]:
 
 def _share(title: str) -> Json:
     return _axis(title) | {"range": [-0.01, 1.02]}
-
-
-def _bar(title: str, **ticks: Any) -> Json:
-    return {"title": {"text": title, "side": "right"}, "thickness": 12, "outlinewidth": 0} | ticks
 
 
 def _share_ticks(low: float, high: float) -> Json:

@@ -67,6 +67,10 @@
     y.push(y.at(-1));
     return { x, y };
   };
+  const scale = (colours) => {
+    const font = { color: colours.soft, size: 11 };
+    return { tickfont: font, title: { font, side: "right" }, thickness: 12, outlinewidth: 0 };
+  };
   const painted = (spec, colours, state) => spec.traces
     .map((trace, index) => [trace, index])
     .filter(([trace]) => !trace.choice || trace.choice === state.choice)
@@ -79,13 +83,13 @@
       }
       if (trace.type === "heatmap") {
         trace.colorscale ??= [[0, colours.faint], [1, colours.accent]];
-        const small = { color: colours.soft, size: 11 };
-        trace.colorbar = deep({ tickfont: small, title: { font: small } }, trace.colorbar);
+        trace.colorbar = deep(scale(colours), trace.colorbar);
         return { xgap: 0.5, ygap: 0.5, ...trace };
       }
       trace.line = { color: ink, width: 1.8, ...trace.line };
       const marker = { color: ink, ...trace.marker };
       if (trace.type === "bar") marker.line = { width: 0, ...marker.line };
+      if (marker.colorbar) marker.colorbar = deep(scale(colours), marker.colorbar);
       trace.marker = marker;
       for (const bar of ["error_x", "error_y"]) {
         if (trace[bar]) trace[bar] = { color: ink, thickness: 1.4, width: 0, ...trace[bar] };
@@ -121,7 +125,8 @@
       margin: { l: 10, r: 14, t: 10, b: 10 },
       colorway: colours.series,
       showlegend: spec.traces.some((trace) => trace.name && trace.showlegend !== false),
-      legend: { orientation: "h", x: 0, xanchor: "left", y: 1.02, yanchor: "bottom" },
+      legend: { orientation: "h", x: 0, xanchor: "left", y: 1.02, yanchor: "bottom",
+        maxheight: 0.3 },
       hoverlabel: { bgcolor: colours.card, bordercolor: colours.soft,
         font: { color: colours.ink } },
       dragmode: isCoarse ? false : "zoom", // on a touch screen a drag scrolls the page
