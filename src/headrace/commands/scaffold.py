@@ -110,6 +110,7 @@ def pipeline_text(
 
 
 EVALUATE_OUTS = (
+    "checks.json",
     "comparison.json",
     "errors.json",
     "figures",

@@ -7,9 +7,9 @@ that is missing exactly where the answer is "no" is found too. Rows are a sample
 number. What is found is a suspicion: a recorded outcome, or an honest and very good measurement.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -27,14 +27,19 @@ _LEAST_ROWS = 40  # labelled, of which half judge; fewer say nothing
 
 
 @dataclass(frozen=True)
-class Suspicion:
-    """A column that predicts ``target`` alone; ``measure`` is ROC-AUC or R², from ``num_rows``."""
+class SingleColumn:
+    """How well a column alone predicts ``target``; ``measure`` is ROC-AUC or R²."""
 
     column: str
     target: str
     measure: str
     value: float
     num_rows: int
+
+    @property
+    def is_suspicious(self) -> bool:
+        """Whether it is better than hardly an honest column is."""
+        return self.value > SUSPICIOUS
 
     def __str__(self) -> str:
         return (
@@ -49,26 +54,38 @@ def suspicious_columns(
     numeric: Sequence[str],
     categories: Sequence[str],
     targets: Sequence[Target],
-) -> tuple[Suspicion, ...]:
+) -> tuple[SingleColumn, ...]:
     """Return the inputs of ``rows`` whose single-column AUC or R² is above ``SUSPICIOUS``."""
-    found = []
-    inputs = [(name, rows.numeric[:, j]) for j, name in enumerate(numeric)]
-    inputs += [(name, rows.codes[:, j]) for j, name in enumerate(categories)]
-    for name, column in inputs:
+    inputs = {name: rows.numeric[:, j] for j, name in enumerate(numeric)}
+    inputs |= {name: rows.codes[:, j] for j, name in enumerate(categories)}
+    labels = {target.name: rows.targets[:, j] for j, target in enumerate(targets)}
+    return tuple(one for one in single_columns(inputs, labels, targets) if one.is_suspicious)
+
+
+def single_columns(
+    inputs: Mapping[str, npt.NDArray[Any]],
+    labels: Mapping[str, npt.NDArray[np.floating]],
+    targets: Sequence[Target],
+) -> Iterator[SingleColumn]:
+    """Yield how well each input alone predicts each target that has enough labels.
+
+    Shapes: (N,) all; an input of floats is a number, NaN where missing, one of integers the codes
+    of a category, from 0 on; labels are values or class codes, NaN where missing. Rows are in
+    random order.
+    """
+    for name, column in inputs.items():
         is_number = np.issubdtype(column.dtype, np.floating)
         group = _groups(column) if is_number else column.astype(np.int64)
-        for j, target in enumerate(targets):
-            y = rows.targets[:, j].astype(np.float64)
+        for target in targets:
+            y = labels[target.name].astype(np.float64)
             is_known = ~np.isnan(y)
             if is_known.sum() < _LEAST_ROWS:
                 continue
             value = _value(group[is_known], y[is_known], target)
             if is_number and target.task == "regression":
                 value = max(value, _linear(column[is_known].astype(np.float64), y[is_known]))
-            if value > SUSPICIOUS:
-                measure = "R²" if target.task == "regression" else "ROC-AUC"
-                found.append(Suspicion(name, target.name, measure, value, int(is_known.sum())))
-    return tuple(found)
+            measure = "R²" if target.task == "regression" else "ROC-AUC"
+            yield SingleColumn(name, target.name, measure, value, int(is_known.sum()))
 
 
 def _groups(column: npt.NDArray[np.floating]) -> npt.NDArray[np.int64]:

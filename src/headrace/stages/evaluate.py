@@ -66,6 +66,7 @@ from headrace.memory import format_bytes
 from headrace.params import Resources, Section
 from headrace.record import Recorder
 from headrace.schema import Contract, Target, file_stem
+from headrace.stages.evaluate_checks import CHECKS, Checks, run_checks
 from headrace.storage import (
     digest_bytes,
     new_folder,
@@ -108,6 +109,9 @@ class EvaluateParams(Section):
     # multinomial: as many units as there are, all rows in memory. poisson: about as many, rows
     # stream. auto: poisson if the test rows do not fit `resources.memory_budget`.
     resampling: Literal["auto", "multinomial", "poisson"] = "auto"
+    # Columns whose values, fifths or blocks of time are judged apart; if none is named, the most
+    # important ones and the time.
+    slices: Annotated[tuple[str, ...], Field(strict=False)] = ()
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
     @model_validator(mode="after")
@@ -183,8 +187,8 @@ def evaluate(
 ) -> Evaluated:
     """Judge ``members`` and their blend on the test rows of ``table``.
 
-    Writes metrics.json, comparison.json, pairs.csv, resamples.parquet, errors.json, report.html,
-    figures and plot files.
+    Writes metrics.json, comparison.json, checks.json, pairs.csv, resamples.parquet, errors.json,
+    report.html, figures and plot files.
     ``profile`` is the data profile that ``extract`` wrote, ``interpretation`` the folder of
     ``interpret``; the report shows them. Test rows that do not fit the memory budget are streamed;
     then charts of predictions show a share of them.
@@ -239,7 +243,24 @@ def evaluate(
             _write_plot_files(folder / "plots", stem, one.points)
         errors = _errors(judged, source, interpreted)
         write_json(folder / "errors.json", {"format": 1, "split": "test", "targets": errors})
-        of_run = [learnt, attention_section(interpreted) if interpreted else None]
+        checks = run_checks(
+            source,
+            folders,
+            {one.comparison.target: one.comparison.chosen for one in judged},
+            test.truth,
+            units,
+            resampling,
+            unit=params.unit,
+            key=_UNIT_KEY,
+            slices=params.slices,
+            interpreted=interpreted,
+            budget_bytes=resources.memory_budget // 4,  # the test rows are still held
+        )
+        of_run = [
+            checks.data_section(),
+            learnt,
+            attention_section(interpreted) if interpreted else None,
+        ]
         sections = [section for section in of_run if section is not None]
         _write(
             folder,
@@ -252,7 +273,9 @@ def evaluate(
             interpreted,
             errors,
             sections,
+            checks,
         )
+    _tell(checks, recorder)
     _record(judged, out, recorder)
     if is_streamed:
         recorder.note(_streamed_note(judged))
@@ -465,6 +488,7 @@ def _write(
     interpreted: Interpretation | None,
     errors: Mapping[str, Any],
     sections: Sequence[PageSection],
+    checks: Checks,
 ) -> None:
     comparisons = [one.comparison for one in judged]
     resampled = "poisson" if test.truth is None else "multinomial"
@@ -493,6 +517,7 @@ def _write(
             },
         },
     )
+    write_json(folder / CHECKS, checks.to_json())
     write_file(folder / PAIRS, pairs_csv(comparisons))
     write_file(
         folder / RESAMPLES,
@@ -507,7 +532,7 @@ def _write(
             one.comparison,
             selection[one.comparison.target],
             one.charts,
-            _target_sections(one.comparison, source.contract, interpreted, errors),
+            _target_sections(one.comparison, source.contract, interpreted, errors, checks),
         )
         for one in judged
     ]
@@ -542,10 +567,14 @@ def _target_sections(
     contract: Contract,
     interpreted: Interpretation | None,
     errors: Mapping[str, Any],
+    checks: Checks,
 ) -> list[PageSection]:
     """Return what the report says of one target below its charts."""
     target = contract.target(comparison.target)
-    sections = [pair_section(comparison)]
+    sections = [
+        pair_section(comparison),
+        checks.target_section(target.name, comparison.chosen, comparison.confidence),
+    ]
     if interpreted:
         sections += interpretation_sections(interpreted, target, contract, comparison.models)
     sections.append(errors_section(errors[target.name], target, comparison.num_rows))
@@ -607,6 +636,12 @@ def _record(judged: Sequence[_Judgement], out: Path, recorder: Recorder) -> None
         recorder.file(picture, folder="figures")
     for name in ("comparison.json", PAIRS, RESAMPLES):
         recorder.file(out / name)
+
+
+def _tell(checks: Checks, recorder: Recorder) -> None:
+    recorder.note(checks.note)
+    for text in checks.warnings:
+        recorder.warn(text)
 
 
 def _note(comparison: Comparison) -> str:

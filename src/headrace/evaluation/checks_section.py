@@ -1,0 +1,153 @@
+"""The sanity checks in the report: verdicts, drifting columns, and the worst slices."""
+
+from collections.abc import Mapping, Sequence
+
+from headrace.evaluation.blend import rounded
+from headrace.evaluation.drift import Shift
+from headrace.evaluation.findings import Finding, counted, worst_first
+from headrace.evaluation.page import Cell, Chart, Section, Table
+from headrace.evaluation.slices import Slice, Slices
+
+_DRIFTING = 15
+
+
+def data_section(
+    findings: Sequence[Finding], shifts: Mapping[tuple[str, str], Sequence[Shift]], note: str
+) -> Section:
+    """Return the checks of the table; ``note`` says which rows were looked at."""
+    tables = [_table("Checks of the table", findings)]
+    if drifting := [_shift_row(pair, one) for pair in shifts for one in shifts[pair][:_DRIFTING]]:
+        tables.append(
+            Table(
+                "Columns that shift most",
+                ("splits", "column", "stability index", "p", "Kolmogorov–Smirnov distance"),
+                tuple(drifting),
+                "Stability index over deciles or values, less what chance gives: below 0.1 stable, "
+                "from 0.25 on a shift. p: chi-squared, corrected for rows of one unit being alike.",
+            )
+        )
+    return Section(
+        anchor="data-checks",
+        title="Is the data sound?",
+        text=(f"{counted(findings)}. {note}",),
+        tables=tuple(tables),
+    )
+
+
+def target_section(
+    findings: Sequence[Finding], slices: Slices, *, chosen: str, confidence: float
+) -> Section:
+    """Return the checks of one target and its models, and the slices of the chosen one."""
+    return Section(
+        anchor="checks",
+        title="Sanity checks and slices",
+        text=(counted(findings) + ".",),
+        tables=(
+            _table("Checks of the target and its predictions", findings),
+            *_slices_tables(slices, chosen, confidence),
+        ),
+        charts=_slices_charts(slices, confidence),
+    )
+
+
+def _table(title: str, findings: Sequence[Finding]) -> Table:
+    rows = tuple(
+        (one.verdict, one.check, one.subject, one.sentence) for one in worst_first(findings)
+    )
+    return Table(title, ("verdict", "check", "of", "finding"), rows)
+
+
+def _shift_row(pair: tuple[str, str], one: Shift) -> tuple[Cell, ...]:
+    index, p_value, distance = (rounded(x) for x in (one.index, one.p_value, one.distance))
+    return " → ".join(pair), one.column, index, p_value, distance
+
+
+def _slices_tables(slices: Slices, chosen: str, confidence: float) -> tuple[Table, ...]:
+    if not slices.worst:
+        return ()
+    headings = (
+        "column",
+        "slice",
+        "rows",
+        f"{slices.loss} there",
+        "elsewhere",
+        "difference",
+        f"low ({confidence:.4g})",
+        "high",
+        "mean of prediction − truth",
+        "p, Holm",
+        "worse",
+    )
+    rows = tuple((*_slice_row(one), _worse(one, confidence)) for one in slices.worst)
+    note = (
+        f"The {len(rows)} slices with the smallest p-values of {slices.num_tested} tested, "
+        f"one-sided and corrected over all by Holm's method. The interval is of one slice alone, "
+        f"from resamples of the units."
+    )
+    return (Table(f"Slices on which {chosen} is worst", headings, rows, note),)
+
+
+def _slice_row(one: Slice) -> tuple[Cell, ...]:
+    change = one.difference
+    numbers = (
+        one.value,
+        one.rest,
+        one.value - one.rest,
+        change.low if change else None,
+        change.high if change else None,
+        one.bias,
+        one.p_holm,
+    )
+    return (one.column, one.label, one.num_rows, *(rounded(number) for number in numbers))
+
+
+def _worse(one: Slice, confidence: float) -> str:
+    return "yes" if one.p_holm <= 1 - confidence else "no"
+
+
+def _slices_charts(slices: Slices, confidence: float) -> tuple[Chart, ...]:
+    shown = [
+        (one, one.difference.low, one.difference.high)
+        for one in reversed(slices.worst)
+        if one.difference and one.difference.low is not None and one.difference.high is not None
+    ]
+    if not shown:
+        return ()
+    percent = f"{100 * confidence:.4g} %"
+    trace = {
+        "type": "scatter",
+        "mode": "markers",
+        "x": [rounded(one.value - one.rest) for one, _, _ in shown],
+        "y": [f"{one.column}: {one.label}" for one, _, _ in shown],
+        "error_x": {
+            "type": "data",
+            "symmetric": False,
+            "array": [rounded(high - one.value + one.rest) for one, _, high in shown],
+            "arrayminus": [rounded(one.value - one.rest - low) for one, low, _ in shown],
+        },
+        "marker": {
+            "symbol": [
+                "circle" if _worse(one, confidence) == "yes" else "circle-open"
+                for one, _, _ in shown
+            ],
+            "size": 9,
+        },
+        "showlegend": False,
+    }
+    chart = Chart(
+        name="slices",
+        title=f"Slices: {slices.loss} there − elsewhere, with {percent} intervals",
+        alternative="; ".join(
+            f"{one.column} {one.label}: {one.value - one.rest:.4g}, worse: "
+            f"{_worse(one, confidence)}"
+            for one in slices.worst
+        ),
+        traces=(trace,),
+        layout={
+            "xaxis": {"title": {"text": f"difference of {slices.loss}"}, "zeroline": True},
+            "yaxis": {"title": {"text": "slice"}, "type": "category", "automargin": True},
+            "height": 140 + 28 * len(shown),
+        },
+        is_wide=True,
+    )
+    return (chart,)
