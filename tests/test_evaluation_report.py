@@ -308,14 +308,18 @@ SELECTION = {
 @pytest.mark.parametrize(
     ("others", "num_units", "said"),
     [
-        ({"b": "worse", "c": "worse"}, 40, ("better than all others", "The choice is clear")),
+        (
+            {"b": "worse", "c": "worse"},
+            40,
+            ("ahead of all others: 95%", "The choice is clear"),
+        ),
         (
             {"b": "tied", "c": "worse"},
             40,
-            ("than c beyond chance; tied with b", "cheapest of"),
+            ("exclude 0; tied with b", "cheapest of"),
         ),
         ({"b": "tied", "c": "tied"}, 7, ("tied with b and c", "Test on more days: 7 days are too")),
-        ({"b": "better"}, 40, ("worse than b on these rows", "Test rows do not choose: see")),
+        ({"b": "better"}, 40, ("behind b on these rows", "Test rows do not choose: see")),
         ({}, 40, ("compared with no other model", "Train another kind")),
     ],
 )

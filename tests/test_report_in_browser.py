@@ -3,6 +3,7 @@
 import os
 import shutil
 import time
+from itertools import pairwise
 
 import pytest
 
@@ -133,6 +134,11 @@ def test_all_charts_are_drawn_and_answer(open_report):
     assert len(charts) > 20
     assert len(charts) == page.locator("figure figcaption").count()
     assert {chart["id"]: chart["untitled"] for chart in charts if chart["untitled"]} == {}
+
+    headings = page.locator("h1, h2, h3, h4, h5").evaluate_all(
+        "(all) => all.map((one) => Number(one.tagName[1]))"
+    )
+    assert all(after <= before + 1 for before, after in pairwise([0, *headings]))
 
     def first(key, plot):
         return page.evaluate(f"document.getElementById('{plot}').data[0].{key}")

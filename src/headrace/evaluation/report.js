@@ -19,7 +19,11 @@
       const turn = heading.ariaSort === "ascending" ? -1 : 1;
       for (const other of heading.parentElement.cells) other.removeAttribute("aria-sort");
       heading.ariaSort = turn === 1 ? "ascending" : "descending";
-      const value = (row) => row.cells[heading.cellIndex].dataset.value;
+      const value = (row) => {
+        const cell = row.cells[heading.cellIndex];
+        const text = cell.textContent.trim().replace(/(?<=\d),(?=\d{3})/g, "");
+        return cell.dataset.value ?? (text === "–" ? "" : text);
+      };
       const compare = (a, b) => {
         if (a === "" || b === "") return (a === "") - (b === ""); // what is not there comes last
         const isNumber = !isNaN(a) && !isNaN(b);
@@ -188,7 +192,7 @@
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const toggle = document.getElementById("theme");
   const isDark = () => (root.style.colorScheme || (dark.matches ? "dark" : "light")) === "dark";
-  const label = () => { toggle.textContent = isDark() ? "Light" : "Dark"; };
+  const label = () => { toggle.textContent = isDark() ? "Light theme" : "Dark theme"; };
   toggle.addEventListener("click", () => {
     root.style.colorScheme = isDark() ? "light" : "dark";
     label();

@@ -241,11 +241,13 @@ def _surety(comparison: Comparison) -> str:
     parts = []
     if worse:
         number = "all others" if len(worse) == others > 1 else _listed(worse)
-        parts.append(f"better than {number} beyond chance")
+        parts.append(
+            f"ahead of {number}: {comparison.confidence:.0%} intervals of the differences exclude 0"
+        )
     if tied:
         parts.append(f"tied with {_listed(tied)}")
     if better:
-        parts.append(f"worse than {_listed(better)} on these rows")
+        parts.append(f"behind {_listed(better)} on these rows")
     return "; ".join(parts) or "compared with no other model"
 
 
