@@ -10,7 +10,7 @@ from scipy import stats
 
 from headrace.evaluation.bootstrap import Interval, Resampling, Scored, Units, bootstrap
 from headrace.evaluation.comparison import Comparison, all_pairs, judge
-from headrace.evaluation.metrics import Sample
+from headrace.evaluation.metrics import METRICS, Sample
 from headrace.evaluation.pair_section import pair_section, pairs_csv
 from headrace.evaluation.pairs import (
     Pair,
@@ -203,7 +203,7 @@ def comparison(scored, units, resampling):
         num_rows=len(units.of_row),
         num_unlabelled=0,
         confidence=resampling.confidence,
-        judged=judge(scored, "m0", "regression", units, resampling),
+        judged=judge(scored, "m0", METRICS["regression"], units, resampling),
         pairs=all_pairs(scored, units, resampling),
     )
 

@@ -216,3 +216,14 @@ def test_embedding_catboost_needs_nn_and_is_no_model_of_the_list(project: Projec
     project.params.write_text(_PARAMS.replace("[baseline", "[embedding_catboost"))
     with pytest.raises(ConfigError, match="is no entry of `models` but a stage of its own"):
         upgrade(project)
+
+
+def test_files_of_user_metrics_are_dependencies_of_evaluate_alone(project: Project):
+    """So a change of one runs that stage again, and no other but what follows it."""
+    entry = "{function: own/metrics.py:f, higher_is_better: true}"
+    metrics = f"evaluate: {{user_metrics: {{f: {entry}}}}}\n"
+    (project.root / "params.yaml").write_text(_PARAMS + metrics)
+    done = upgrade(project)
+    assert done.stages == ("evaluate",)
+    with_it = [name for name, one in _stages(project).items() if "own/metrics.py" in one["deps"]]
+    assert with_it == ["evaluate"]

@@ -27,6 +27,7 @@ _HEADER = """\
 def pipeline_text(
     *,
     inputs: Sequence[str],
+    metric_files: Sequence[str],
     example: bool,
     databases: bool,
     models: Sequence[str],
@@ -37,6 +38,7 @@ def pipeline_text(
 
     Args:
         inputs: files and folders that ``extract`` reads, relative to the project, recipe included.
+        metric_files: files of ``evaluate.user_metrics``, relative to the project.
         example: whether a ``raw`` stage materialises the example.
         databases: whether a ``watermark`` stage looks into databases.
         models: the models to train; only their kinds' code matters here.
@@ -86,6 +88,7 @@ def pipeline_text(
             "data/train",
             "data/stack",
             "data/interpret",
+            *metric_files,
         ],
         outs=[f"{_EVALUATE}/{name}" for name in EVALUATE_OUTS],
         params=["models", "evaluate"],

@@ -315,7 +315,7 @@ def _call(
         return run(table, members, out, section, **told)
     if name == "evaluate":
         profile = data("extract") / "profile.json"
-        told |= {"profile": profile, "interpretation": data("interpret")}
+        told |= {"root": project.root, "profile": profile, "interpretation": data("interpret")}
         return run(table, members, data("stack"), out, section, **told)
     return run(table, encoded, members, data("stack"), out, section, **told)
 

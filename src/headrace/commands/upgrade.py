@@ -91,6 +91,7 @@ def expected_pipeline(project: Project) -> str:
     settings = read_settings(project)
     text = pipeline_text(
         inputs=pipeline_inputs(project, settings),
+        metric_files=metric_files(settings),
         example=has_example(settings),
         databases=has_databases(settings),
         models=settings.models,
@@ -186,6 +187,12 @@ def pipeline_inputs(project: Project, settings: Settings) -> list[str]:
             continue
         inputs += _inputs_of(project, source.path, example=has_example(settings))
     return sorted(dict.fromkeys(inputs))
+
+
+def metric_files(settings: Settings) -> list[str]:
+    """Return the files that hold the metrics of ``evaluate.user_metrics``."""
+    section: Any = settings.section("evaluate")
+    return sorted({one.file for one in section.user_metrics.values()})
 
 
 def _inputs_of(project: Project, path: str, *, example: bool) -> Iterator[str]:

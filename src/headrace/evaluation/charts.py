@@ -21,7 +21,7 @@ from headrace.evaluation.curves import (
     density,
     spans_decades,
 )
-from headrace.evaluation.metrics import METRICS, Metric, MetricName
+from headrace.evaluation.metrics import Metric, MetricName
 from headrace.evaluation.page import Chart
 
 Floats: TypeAlias = npt.NDArray[np.float64]
@@ -449,9 +449,8 @@ def _plain(value: float) -> str:
 
 
 def _metrics(comparison: Comparison) -> list[Metric]:
-    """All metrics of the task, the one the choice was made by first."""
-    metrics = METRICS[comparison.task]
-    return sorted(metrics, key=lambda metric: metric.name != comparison.primary)
+    """All metrics, the one the choice was made by first."""
+    return sorted(comparison.metrics, key=lambda metric: metric.name != comparison.primary)
 
 
 def _primary(comparison: Comparison) -> Metric:

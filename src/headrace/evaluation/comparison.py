@@ -7,7 +7,7 @@ so. And of the model that is *best* on these rows by the primary metric: all pai
 corrected together (``pairs``), and a model is tied with the best if its test does not reject.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from headrace.evaluation.bootstrap import (
     difference,
     estimate,
 )
-from headrace.evaluation.metrics import METRICS, Metric, MetricName, metric_of
+from headrace.evaluation.metrics import Metric, MetricName
 from headrace.evaluation.pairs import Pair, best_of, compare_pairs, tied_with
 from headrace.schema import Task
 
@@ -61,7 +61,7 @@ class Comparison:
     num_unlabelled: int
     confidence: float
     judged: tuple[Judged, ...]
-    pairs: Mapping[MetricName, tuple[Pair, ...]]  # of every metric of the task
+    pairs: Mapping[MetricName, tuple[Pair, ...]]  # of every metric
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -69,9 +69,14 @@ class Comparison:
         return tuple(dict.fromkeys(one.model for one in self.judged))
 
     @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """All metrics: those of the task, then the user's."""
+        return tuple({one.metric.name: one.metric for one in self.judged}.values())
+
+    @property
     def primary_metric(self) -> Metric:
         """The metric the choice was made by."""
-        return metric_of(self.task, self.primary)
+        return next(metric for metric in self.metrics if metric.name == self.primary)
 
     @property
     def best(self) -> str | None:
@@ -93,13 +98,17 @@ class Comparison:
 
 
 def judge(
-    scored: Mapping[str, Scored], chosen: str, task: Task, units: Units, resampling: Resampling
+    scored: Mapping[str, Scored],
+    chosen: str,
+    metrics: Sequence[Metric],
+    units: Units,
+    resampling: Resampling,
 ) -> tuple[Judged, ...]:
     """Return every model's metrics with intervals and their difference to the chosen model."""
     return tuple(
         _judge_one(model, metric, scored, chosen, units, resampling)
         for model in scored
-        for metric in METRICS[task]
+        for metric in metrics
     )
 
 
@@ -155,7 +164,7 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
                 "higher_is_better": metric.higher_is_better,
                 "meaning": metric.meaning,
             }
-            for metric in METRICS[comparison.task]
+            for metric in comparison.metrics
         ],
         "models": models,
         "best": comparison.best,

@@ -23,12 +23,13 @@ from headrace.kernels.ranks import RankPair, rank_correlations, rank_pair
 from headrace.schema import Task
 
 Floats: TypeAlias = npt.NDArray[np.float64]
-MetricName = Literal[
+BuiltinMetric = Literal[
     "rmse", "mae", "r2", "mape", "pinball", "spearman",
     "roc_auc", "average_precision", "log_loss", "brier", "ece",
     "accuracy", "balanced_accuracy", "precision", "recall", "f1", "mcc",
     "macro_precision", "macro_recall", "macro_f1", "macro_roc_auc",
 ]  # fmt: skip
+MetricName: TypeAlias = str  # a built-in one, or one of ``evaluate.user_metrics``
 _NUM_BINS = 15  # of probabilities, for the calibration error
 
 
@@ -141,7 +142,7 @@ METRICS: dict[Task, tuple[Metric, ...]] = {
     ),
 }  # fmt: skip
 # What a model is chosen by unless params.yaml says otherwise.
-DEFAULT_METRIC: dict[Task, MetricName] = {
+DEFAULT_METRIC: dict[Task, BuiltinMetric] = {
     "regression": "rmse",
     "binary": "roc_auc",
     "multiclass": "log_loss",

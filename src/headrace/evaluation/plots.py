@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from headrace.evaluation.bootstrap import Interval
 from headrace.evaluation.canvas import COLOURS, INK, WIDE, Figure, panels, svg_of
 from headrace.evaluation.comparison import Comparison, Judged
-from headrace.evaluation.metrics import METRICS, Metric
+from headrace.evaluation.metrics import Metric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,7 +27,7 @@ def forest(comparison: Comparison, *, confidence: float) -> Figure:
     """Every model's interval, a panel per metric; the chosen model's value as a line."""
     shown = [
         (metric, [comparison.of(model, metric.name) for model in comparison.models])
-        for metric in METRICS[comparison.task]
+        for metric in comparison.metrics
     ]
     rows = len(comparison.models)
     with panels(len(shown), columns=3, width=WIDE, height=0.7 + 0.24 * rows) as (fig, axs):
@@ -35,7 +35,7 @@ def forest(comparison: Comparison, *, confidence: float) -> Figure:
             _intervals(ax, judged, [one.estimate for one in judged], is_first=number % 3 == 0)
             ax.set_title(f"{metric.title} {_arrow(metric)}", loc="left")
         svg = svg_of(fig)
-    primary = _metric(comparison)
+    primary = comparison.primary_metric
     values = "; ".join(
         f"{model} {_said(comparison.of(model, primary.name))}" for model in comparison.models
     )
@@ -54,7 +54,7 @@ def differences(comparison: Comparison, *, confidence: float) -> Figure:
     others = [model for model in comparison.models if model != comparison.chosen]
     shown = [
         (metric, [comparison.of(model, metric.name) for model in others])
-        for metric in METRICS[comparison.task]
+        for metric in comparison.metrics
     ]
     with panels(len(shown), columns=3, width=WIDE, height=0.9 + 0.24 * len(others)) as (
         fig,
@@ -67,7 +67,7 @@ def differences(comparison: Comparison, *, confidence: float) -> Figure:
             ax.set_title(f"{metric.title} {_arrow(metric)}", loc="left")
             ax.set_xlabel(f"model − {comparison.chosen}")
         svg = svg_of(fig)
-    primary = _metric(comparison)
+    primary = comparison.primary_metric
     verdicts = "; ".join(f"{m} {comparison.of(m, primary.name).verdict}" for m in others)
     return Figure(
         "differences",
@@ -114,10 +114,6 @@ _VERDICT_COLOURS = {
     "worse": COLOURS[1],
     "unknown": COLOURS[4],
 }
-
-
-def _metric(comparison: Comparison) -> Metric:
-    return next(m for m in METRICS[comparison.task] if m.name == comparison.primary)
 
 
 def _arrow(metric: Metric) -> str:

@@ -23,7 +23,7 @@ from headrace.evaluation.charts import best_first
 from headrace.evaluation.comparison import Comparison, Judged
 from headrace.evaluation.curves import FINER
 from headrace.evaluation.identity import EMPTY
-from headrace.evaluation.metrics import METRICS, Metric
+from headrace.evaluation.metrics import Metric
 from headrace.evaluation.page import Cell, Chart, Section, Table
 from headrace.evaluation.profile_table import profile_table
 
@@ -117,7 +117,7 @@ def _target_view(
     section: TargetSection, anchor: str, inputs: ReportInputs, drawn: dict[str, Chart]
 ) -> dict[str, Any]:
     comparison = section.comparison
-    metrics = sorted(METRICS[comparison.task], key=lambda one: one.name != comparison.primary)
+    metrics = sorted(comparison.metrics, key=lambda one: one.name != comparison.primary)
     primary = metrics[0]
     names = best_first(comparison)
     return {

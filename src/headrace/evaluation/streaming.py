@@ -30,7 +30,7 @@ Floats: TypeAlias = npt.NDArray[np.float64]
 NUM_BINS = 4096
 _FEWEST_BINS = 256  # for each of many classes
 _SAMPLED = 16  # different scores that are kept for each bin, to place its edges
-_NEEDS_ROWS = "needs all rows in memory"
+NEEDS_ROWS = "needs all rows in memory"
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def stream_bootstrap(
     resamples = combine(task, np.concatenate(sums), np.concatenate(ranks))
     values = {name: float(value) for name, value in combine(task, *points).items()}
     metrics = [metric for metric in METRICS[task] if metric.name in values]
-    missing = {metric.name: _NEEDS_ROWS for metric in METRICS[task] if metric.name not in values}
+    missing = {metric.name: NEEDS_ROWS for metric in METRICS[task] if metric.name not in values}
     nothing = np.full(resampling.num_resamples, np.nan)
     scored = Scored(
         {metric.name: values.get(metric.name, np.nan) for metric in METRICS[task]},

@@ -51,7 +51,7 @@ from headrace.evaluation.interpretation import (
     read_interpretation,
 )
 from headrace.evaluation.learning import learning_section, read_summary
-from headrace.evaluation.metrics import MetricName, Sample
+from headrace.evaluation.metrics import METRICS, Metric, MetricName, Sample
 from headrace.evaluation.page import Chart
 from headrace.evaluation.page import Section as PageSection
 from headrace.evaluation.pair_section import PAIRS, pair_section, pairs_csv
@@ -61,6 +61,14 @@ from headrace.evaluation.report import ReportInputs, TargetSection, interval_tex
 from headrace.evaluation.resamples import RESAMPLES, resamples_bytes
 from headrace.evaluation.selection import STACK
 from headrace.evaluation.streaming import Part, stream_bootstrap
+from headrace.evaluation.user_metrics import (
+    UserMetric,
+    UserMetricParams,
+    load_user_metrics,
+    refuse_names,
+    score_user_metrics,
+    without_rows,
+)
 from headrace.evaluation.worst import SHOWN_COLUMNS, WorstRows, worst_json, worst_of, worst_rows
 from headrace.memory import format_bytes
 from headrace.params import Resources, Section
@@ -91,6 +99,7 @@ _STATED = (
 _UNIT_KEY = "evaluate.unit"
 _RANKS = {"best": "  best", "tied": "  tied with best", "": ""}
 _NO_ROWS = np.empty(0, np.int64)
+_UserMetricName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
 _DRAWN_ROWS = 50_000  # of a stream, about; charts show no more
 
 
@@ -113,6 +122,13 @@ class EvaluateParams(Section):
     # important ones and the time.
     slices: Annotated[tuple[str, ...], Field(strict=False)] = ()
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    # metrics of one's own, by name; functions of (truth, prediction, weights)
+    user_metrics: Annotated[dict[_UserMetricName, UserMetricParams], Field(default_factory=dict)]
+
+    @model_validator(mode="after")
+    def _metrics_are_new(self) -> Self:
+        refuse_names(self.user_metrics)
+        return self
 
     @model_validator(mode="after")
     def _resamples_suffice(self) -> Self:
@@ -182,6 +198,7 @@ def evaluate(
     *,
     resources: Resources,
     recorder: Recorder,
+    root: Path = Path(),
     profile: Path | None = None,
     interpretation: Path | None = None,
 ) -> Evaluated:
@@ -189,18 +206,21 @@ def evaluate(
 
     Writes metrics.json, comparison.json, checks.json, pairs.csv, resamples.parquet, errors.json,
     report.html, figures and plot files.
+    ``root`` is the project, which holds the files of ``evaluate.user_metrics``.
     ``profile`` is the data profile that ``extract`` wrote, ``interpretation`` the folder of
     ``interpret``; the report shows them. Test rows that do not fit the memory budget are streamed;
     then charts of predictions show a share of them.
 
     Raises:
-        ConfigError: strata or blocks that the test rows do not have.
+        ConfigError: strata or blocks that the test rows do not have; a user metric that is not
+            there, fails, or has no finite value.
         DataError: no test rows, a target without a test label, rows without a prediction.
         IntegrityError: damaged inputs, or a selection made from other models or targets.
         ResourceError: test rows that do not fit the memory budget, where ``params`` ask for what a
             stream does not give; with the figure needed.
     """
     source = open_table(table)
+    user_metrics = load_user_metrics(root, params.user_metrics, source.contract.targets)
     folders = {**members, STACK: stack}
     for folder in folders.values():
         verify_folder(folder)
@@ -231,13 +251,15 @@ def evaluate(
         for target in source.contract.targets:
             stem = file_stem(target.name)
             recorder.progress(len(judged), len(source.contract.targets), unit="targets")
-            chosen = selection[target.name]
+            chosen, own = selection[target.name], user_metrics[target.name]
             if test.truth is None:
                 one = _judge_stream(
-                    target, folders, source, test, resampling, params, chosen, resources
+                    target, folders, source, test, resampling, params, chosen, own, resources
                 )
             else:
-                one = _judge_target(target, folders, test.truth, units, resampling, params, chosen)
+                one = _judge_target(
+                    target, folders, test.truth, units, resampling, params, chosen, own
+                )
             judged.append(one)
             (folder / "plots").mkdir(exist_ok=True)  # DVC waits for it, of a stream too
             _write_plot_files(folder / "plots", stem, one.points)
@@ -354,6 +376,7 @@ def _judge_target(
     resampling: Resampling,
     params: EvaluateParams,
     selection: Mapping[str, Any],
+    user_metrics: Sequence[UserMetric],
 ) -> _Judgement:
     labels = truth.labels[target.name]
     is_labelled = ~np.isnan(labels)
@@ -368,8 +391,13 @@ def _judge_target(
         predictions = read_predictions(folder, target).of_split("test")
         values = predictions.values[line_up(predictions, truth, is_labelled)]
         samples[model] = Sample(target.task, labels[is_labelled], values, weight, params.quantile)
-        scored[model] = bootstrap(
-            samples[model], labelled_units, resampling, threshold=params.threshold
+        scored[model] = score_user_metrics(
+            user_metrics,
+            bootstrap(samples[model], labelled_units, resampling, threshold=params.threshold),
+            samples[model],
+            labelled_units,
+            resampling,
+            who=f"model {model!r}, target {target.name!r}",
         )
     comparison = Comparison(
         target=target.name,
@@ -381,7 +409,9 @@ def _judge_target(
         num_rows=int(is_labelled.sum()),
         num_unlabelled=int((~is_labelled).sum()),
         confidence=params.confidence,
-        judged=judge(scored, selection["chosen"], target.task, labelled_units, resampling),
+        judged=judge(
+            scored, selection["chosen"], _metrics(target, user_metrics), labelled_units, resampling
+        ),
         pairs=all_pairs(scored, labelled_units, resampling),
     )
     charts, points = draw(
@@ -405,6 +435,7 @@ def _judge_stream(
     resampling: Resampling,
     params: EvaluateParams,
     selection: Mapping[str, Any],
+    user_metrics: Sequence[UserMetric],
     resources: Resources,
 ) -> _Judgement:
     """Judge by Poisson resamples of rows that are read a batch at a time, once for each model."""
@@ -428,7 +459,7 @@ def _judge_stream(
         )
         for model, folder in folders.items()
     }
-    scored = {model: found.scored for model, found in streamed.items()}
+    scored = {model: without_rows(user_metrics, found.scored) for model, found in streamed.items()}
     comparison = Comparison(
         target=target.name,
         task=target.task,
@@ -439,7 +470,9 @@ def _judge_stream(
         num_rows=labelled.num_rows,
         num_unlabelled=test.num_rows - labelled.num_rows,
         confidence=params.confidence,
-        judged=judge(scored, selection["chosen"], target.task, units, resampling),
+        judged=judge(
+            scored, selection["chosen"], _metrics(target, user_metrics), units, resampling
+        ),
         pairs=all_pairs(scored, units, resampling),
     )
     share = min(1.0, _DRAWN_ROWS / labelled.num_rows)
@@ -463,6 +496,10 @@ def _judge_stream(
     chosen = read(folders[comparison.chosen])
     worst = worst_of((_sample(target, rows, params), rows.row_id) for rows in chosen)
     return _Judgement(worst, comparison, scored, charts, points, bounds)
+
+
+def _metrics(target: Target, user_metrics: Sequence[UserMetric]) -> list[Metric]:
+    return [*METRICS[target.task], *(one.metric for one in user_metrics)]
 
 
 def _sample(target: Target, rows: Aligned, params: EvaluateParams) -> Sample:

@@ -28,7 +28,7 @@ from headrace.errors import ConfigError, DataError, ResourceError, nearest
 from headrace.evaluation.bootstrap import Resampling, Units, bytes_needed, require_resamples
 from headrace.evaluation.greedy import greedy_blend
 from headrace.evaluation.linear import linear_blend
-from headrace.evaluation.metrics import DEFAULT_METRIC, Metric, MetricName, Sample, metric_of
+from headrace.evaluation.metrics import DEFAULT_METRIC, BuiltinMetric, Metric, Sample, metric_of
 from headrace.evaluation.selection import (
     NUM_PARTS,
     STACK,
@@ -57,7 +57,7 @@ class StackParams(Section):
     method: Literal["greedy", "linear"] = "greedy"
     rounds: Annotated[int, Field(ge=1, le=10_000)] = 50  # greedy: picks with replacement
     # Per target; a target that is not named has RMSE, ROC-AUC or log-loss, by its task.
-    metric: Annotated[dict[str, MetricName], Field(default_factory=dict)]
+    metric: Annotated[dict[str, BuiltinMetric], Field(default_factory=dict)]
     num_resamples: Annotated[int, Field(ge=100, le=1_000_000)] = 1000
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     unit: UnitChoice = "auto"  # what is resampled: by the split days, its groups, or rows
