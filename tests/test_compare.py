@@ -86,7 +86,7 @@ def test_models_of_two_runs_are_paired_and_sorted(two):
     assert pair.p_holm < 0.05
     assert "sharp 0002" not in found.tied
     text = printed([found])
-    assert "late: 600 test rows, 30 days, 95 % intervals; best first by ROC-AUC" in text
+    assert "late: 600 test rows in 30 days, 95 % intervals; best first by ROC-AUC" in text
     assert "unpaired" not in text
     assert re.search(r"sharp 0001 .*(best|tied)", text)
 

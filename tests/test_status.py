@@ -126,6 +126,12 @@ def write_comparison(project: Project) -> None:
                     },
                     "best": "stack",
                     "tied_with_best": ["nn", "stack"],
+                    "pairs": {
+                        "auc": [
+                            {"first": "nn", "second": "stack", "smallest_detectable": 0.0123},
+                            {"first": "baseline", "second": "nn", "smallest_detectable": 0.9},
+                        ]
+                    },
                 }
             },
         },
@@ -149,9 +155,9 @@ def test_the_end_of_a_run_names_unit_ties_lineage_and_next_step(tmp_path):
     assert "0.7000 [0.6900, 0.7100]" in text
     lines = [line.split("│")[1:-1] for line in text.splitlines() if "[0." in line]
     assert [[cell.strip() for cell in line][2:] for line in lines] == [
-        ["chosen", "best"],
-        ["tied", "tied"],
-        ["worse", "worse"],
+        ["chosen", "best", ""],
+        ["tied", "tied", "0.0123"],
+        ["worse", "worse", ""],
     ]
     assert "stack was chosen without test rows; tied with it: nn" in text
     assert "1.5 GiB" in text

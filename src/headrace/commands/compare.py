@@ -51,7 +51,7 @@ from headrace.tracking.history import (
 
 _COMPARISON = "comparison.json"
 _MLFLOW_ID = re.compile(r"^[0-9a-f]{32}$")
-_SHOWN = 4  # metrics side by side in a terminal, the primary one first
+_METRIC_WIDTH, _OTHER_WIDTH = 28, 42  # of the columns of the table of values, in a terminal
 # What must agree for resample b to hold the same units in two runs.
 _DRAWN = ("unit", "unit_digest", "num_resamples", "seed", "stratify", "block", "resampling")
 
@@ -131,14 +131,15 @@ def print_compared(found: Sequence[Compared], console: Console) -> None:
     for one in found:
         title = one.metrics[one.primary]["title"]
         console.print(
-            f"{one.target}: {one.num_rows:,} test rows, {one.units}, "
+            f"{one.target}: {one.num_rows:,} test rows{one.units}, "
             f"{100 * one.confidence:.4g} % intervals; best first by {title}",
             style="bold",
             markup=False,
             highlight=False,
             soft_wrap=True,
         )
-        console.print(_values_table(one), highlight=False)
+        num_metrics = max(1, (console.width - _OTHER_WIDTH) // _METRIC_WIDTH)
+        console.print(_values_table(one, num_metrics), highlight=False)
         if one.pairs:
             console.print(_pairs_table(one), highlight=False)
         for line in [*_noise_sentences(one), *one.warnings]:
@@ -273,7 +274,7 @@ def _compare(runs: Sequence[Told], target: str, metric: str | None) -> Compared:
         primary=primary,
         confidence=confidence,
         num_rows=entry["num_rows"],
-        units=f"{entry['num_units']:,} {entry['unit']}s",
+        units="" if entry["unit"] == "row" else f" in {entry['num_units']:,} {entry['unit']}s",
         entries=tuple(entries),
         pairs=pairs,
         tied=tuple(tied_with(best, points, pairs, 1 - confidence)) if best else (),
@@ -409,10 +410,11 @@ def _warnings(runs: Sequence[Told], entries: Sequence[Entry], confidence: float)
     return told
 
 
-def _values_table(found: Compared) -> Table:
+def _values_table(found: Compared, num_metrics: int) -> Table:
+    """Return the values of as many metrics as asked for, the primary one first."""
     table = Table()
     table.add_column("model and run", no_wrap=True)
-    ordered = sorted(found.metrics, key=lambda name: name != found.primary)[:_SHOWN]
+    ordered = sorted(found.metrics, key=lambda name: name != found.primary)[:num_metrics]
     for name in ordered:
         table.add_column(found.metrics[name]["title"], justify="right")
     table.add_column("against the best")

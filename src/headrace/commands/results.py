@@ -24,6 +24,7 @@ class Result:
     high: float | None
     verdict: str  # chosen, tied, better, worse, unknown
     rank: str  # best, tied (with the best, all pairs tested), or empty
+    detectable: float | None  # smallest difference to the best that these rows would find
     unit: str
     num_units: int
 
@@ -94,6 +95,14 @@ def _rank(entry: Any, model: str) -> str:
     return "tied" if model in entry["tied_with_best"] else ""
 
 
+def _detectable(entry: Any, model: str) -> float | None:
+    for pair in entry["pairs"][entry["primary"]]:
+        if {pair["first"], pair["second"]} == {model, entry["best"]}:
+            found: float | None = pair["smallest_detectable"]
+            return found
+    return None
+
+
 def _result(target: str, entry: Any, primary: Any, model: str) -> Result:
     one = entry["models"][model][primary["name"]]
     return Result(
@@ -105,6 +114,7 @@ def _result(target: str, entry: Any, primary: Any, model: str) -> Result:
         high=one.get("ci_high"),
         verdict=one["verdict"],
         rank=_rank(entry, model),
+        detectable=_detectable(entry, model),
         unit=entry["unit"],
         num_units=entry["num_units"],
     )

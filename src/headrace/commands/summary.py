@@ -70,8 +70,10 @@ def _result_table(own: Sequence[Result]) -> Table:
     table.add_column("value [interval]", justify="right")
     table.add_column("against the chosen")
     table.add_column("against the best")
+    table.add_column("smallest detectable difference to it", justify="right")
     for one in own:
-        table.add_row(one.model, one.interval, one.verdict, one.rank or "worse")
+        detectable = "" if one.detectable is None else f"{one.detectable:.3g}"
+        table.add_row(one.model, one.interval, one.verdict, one.rank or "worse", detectable)
     return table
 
 

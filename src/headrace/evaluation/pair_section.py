@@ -47,20 +47,20 @@ def pair_section(comparison: Comparison) -> Section:
         headings=(
             "first",
             "second",
-            f"{title}: first − second",
-            f"low ({percent})",
+            "difference",
+            "low",
             "high",
             "p",
-            "p, Holm",
-            f"smallest detectable at {POWER:.0%} power",
+            "p (Holm)",
+            "smallest detectable",
             "told apart",
         ),
         rows=tuple((*_cells(pair), _said(pair, comparison)) for pair in pairs),
         note=(
-            f"p: two-sided bootstrap test on the paired resamples of "
-            f"{comparison.num_units:,} {comparison.unit}s; Holm: corrected over all "
-            f"{len(pairs)} pairs. The interval and the smallest detectable difference are of one "
-            f"pair alone."
+            f"Difference: first − second, with its {percent} interval. p: two-sided bootstrap "
+            f"test on the paired resamples of {comparison.num_units:,} {comparison.unit}s; Holm: "
+            f"corrected over all {len(pairs)} pairs. Smallest detectable: the true difference that "
+            f"a test of this one pair finds in {POWER:.0%} of such test sets."
         ),
     )
     return Section(
@@ -114,13 +114,13 @@ def _forest(comparison: Comparison, pairs: Sequence[Pair]) -> Chart:
         "showlegend": False,
     }
     percent = f"{100 * comparison.confidence:.4g} %"
+    apart = [f"{p.first} − {p.second}" for p in pairs if _said(p, comparison) == "yes"]
     return Chart(
         name="pairs",
         title=f"Differences of {title} with {percent} intervals",
-        alternative="; ".join(
-            f"{pair.first} − {pair.second}: {pair.difference.value:.4g}, told apart: "
-            f"{_said(pair, comparison)}"
-            for pair in reversed(known)
+        alternative=(
+            f"Filled: told apart once corrected for all {len(pairs)} pairs "
+            f"({', '.join(apart) or 'none'}). Open: not told apart, or without a test."
         ),
         traces=(trace,),
         layout={
