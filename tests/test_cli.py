@@ -27,7 +27,7 @@ def project(tmp_path: Path) -> Path:
     (tmp_path / "params.yaml").write_text(
         "version: 1\nmodels: [baseline]\n"
         "extract: {sources: {a: a.csv}, targets: [y], columns: {y: {role: target}}}\n"
-        "reduce: {}\nencode: {}\ntrain: {baseline: {}}\nstack: {}\ninterpret: {}\n"
+        "reduce: {}\nencode: {}\ntrain: {baseline: {}}\nstack: {}\ndecide: {}\ninterpret: {}\n"
         "evaluate: {}\npublish: {}\n"
     )
     return tmp_path

@@ -34,6 +34,7 @@ train:
   nn: {device: cpu, batch_rows: 64, members: 1, bins: 16, hidden_sizes: [16], dropout: 0.0,
        max_epochs: 6, checkpoint_minutes: 0.0}
 stack: {}
+decide: {}
 interpret: {}
 evaluate: {}
 publish: {}

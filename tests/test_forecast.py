@@ -248,7 +248,7 @@ def test_a_project_that_never_ran_would_run_all_of_it(project: Project):
     told = forecast(project)
     assert [one.stage for one in told.stages] == [
         "extract", "reduce", "encode", "train@baseline", "train@catboost", "train@nn",
-        "stack", "interpret", "evaluate", "publish",
+        "stack", "decide", "interpret", "evaluate", "publish",
     ]  # fmt: skip
     assert {one.state for one in told.stages} == {"never run"}
     assert {one.basis for one in told.stages} == {"rates"}

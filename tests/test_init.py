@@ -72,7 +72,9 @@ def test_a_csv_alone_becomes_a_project(tmp_path: Path):
     dvc = yaml.safe_load((tmp_path / "dvc.yaml").read_text())["stages"]
     assert dvc["extract"]["deps"] == ["recipe.sql", "sales.csv"]
     sections = yaml.safe_load((tmp_path / "params.yaml").read_text())
-    assert {"reduce", "encode", "stack", "interpret", "evaluate", "publish"} <= set(sections)
+    assert {"reduce", "encode", "stack", "decide", "interpret", "evaluate", "publish"} <= set(
+        sections
+    )
     for word in ("numeric", "120 rows", "target y: binary", "next: review params.yaml"):
         assert word in str(made)
 

@@ -177,7 +177,8 @@ def test_an_interval_of_the_metrics_asks_no_model_again():
 def test_a_section_embedding_catboost_is_a_stage_after_nn(project: Project):
     """Its model lies among those that the stages after it read; without it nothing does."""
     sections = "".join(
-        f"{name}: {{}}\n" for name in ("reduce", "encode", "stack", "interpret", "evaluate")
+        f"{name}: {{}}\n"
+        for name in ("reduce", "encode", "stack", "decide", "interpret", "evaluate")
     )
     plain = _PARAMS.replace("[baseline, catboost]", "[nn, catboost]")
     plain += f"{sections}publish: {{}}\ntrain: {{nn: {{}}, catboost: {{}}}}\n"
@@ -195,6 +196,7 @@ def test_a_section_embedding_catboost_is_a_stage_after_nn(project: Project):
     assert project.data("embedding_catboost") == project.root / stage.outs[0]
     assert set(dag.downstream(["embedding_catboost"])) == {
         "stack",
+        "decide",
         "interpret",
         "evaluate",
         "publish",

@@ -75,7 +75,7 @@ def stage_cost(
         return _train(model, shape, params)
     if name == EMBEDDING_CATBOOST:
         return _embedding_catboost(shape, params)
-    if name in ("stack", "evaluate"):
+    if name in ("stack", "decide", "evaluate"):
         return _of_predictions(name, shape, num_models)
     if name == "interpret":  # its rows are bounded; torch and catboost are loaded
         return Cost(4.0 + 2.0 * num_models, 5 * _PROCESS_BYTES // 2, _MIB)
@@ -145,7 +145,7 @@ def _embedding_catboost(shape: Shape, params: Mapping[str, float]) -> Cost:
 
 
 def _of_predictions(stage: str, shape: Shape, num_models: int) -> Cost:
-    """``stack`` looks at the valid rows, ``evaluate`` at the test rows, of all members."""
+    """``stack`` and ``decide`` look at valid rows, ``evaluate`` at test rows, of all members."""
     values = shape.num_rows * HELD_OUT_SHARE / 2 * shape.num_targets * (num_models + 1)
     seconds = 1.5 + values * (3e-6 if stage == "stack" else 12e-6)
     written = shape.num_rows * HELD_OUT_SHARE * shape.num_targets * _PREDICTION_BYTES

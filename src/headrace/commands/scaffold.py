@@ -74,6 +74,12 @@ def pipeline_text(
     stages["stack"] = _stage(
         "stack", deps=["data/reduce", "data/train"], outs=["data/stack"], params=["models", "stack"]
     )
+    stages["decide"] = _stage(
+        "decide",
+        deps=["data/reduce", "data/train", "data/stack"],
+        outs=["data/decide"],
+        params=["models", "decide"],
+    )
     stages["interpret"] = _stage(
         "interpret",
         deps=["data/reduce", "data/encode", "data/train", "data/stack"],
@@ -215,7 +221,7 @@ _IGNORED = (
     "/mlruns/",
     "/catboost_info/",
     *(f"/data/{stage}" for stage in ("extract", "reduce", "encode", "train", "stack")),
-    *(f"/data/{stage}" for stage in ("interpret", "publish")),
+    *(f"/data/{stage}" for stage in ("decide", "interpret", "publish")),
     "/data/watermark",
     f"/{_EVALUATE}/*",
     f"!/{_EVALUATE}/metrics.json",

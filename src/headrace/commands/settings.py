@@ -28,6 +28,7 @@ _SECTIONS = {
     "encode": "EncodeParams",
     EMBEDDING_CATBOOST: "EmbeddingCatboostParams",
     "stack": "StackParams",
+    "decide": "DecideParams",
     "interpret": "InterpretParams",
     "evaluate": "EvaluateParams",
     "publish": "PublishParams",

@@ -51,7 +51,8 @@ if TYPE_CHECKING:
     from headrace.training.distributed import Launch, Ranks
 
 PLAIN_STAGES = (
-    "raw", "watermark", "extract", "reduce", "encode", "stack", "interpret", "evaluate", "publish",
+    "raw", "watermark", "extract", "reduce", "encode", "stack", "decide", "interpret", "evaluate",
+    "publish",
 )  # fmt: skip
 SETTINGS = "settings/"  # begins the names of a model's settings among the params of its run
 _GRACE_S = 10.0  # native code may take this long to come back to Python; then the process ends
@@ -313,6 +314,8 @@ def _call(
     members = {member: data(maker) for member, maker in settings.members.items()}
     if name == "stack":
         return run(table, members, out, section, **told)
+    if name == "decide":
+        return run(table, members, data("stack"), out, section, **told)
     if name == "evaluate":
         profile = data("extract") / "profile.json"
         told |= {"root": project.root, "profile": profile, "interpretation": data("interpret")}

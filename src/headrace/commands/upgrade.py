@@ -150,7 +150,7 @@ def stage_names(project: Project) -> tuple[str, ...]:
     first = [*(["raw"] if has_example(settings) else [])]
     first += ["watermark"] if has_databases(settings) else []
     second = [EMBEDDING_CATBOOST] if settings.has_embedding_catboost else []
-    last = ("stack", "interpret", "evaluate", "publish")
+    last = ("stack", "decide", "interpret", "evaluate", "publish")
     return (*first, "extract", "reduce", "encode", *second, *last)
 
 

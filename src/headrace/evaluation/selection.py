@@ -20,12 +20,13 @@ cross-fitted over fifths of the resampling units. Test rows never enter.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from headrace.errors import DataError
+from headrace.errors import DataError, IntegrityError
 from headrace.evaluation.blend import LinearBlend, MeanBlend, rounded
 from headrace.evaluation.bootstrap import (
     Interval,
@@ -37,13 +38,15 @@ from headrace.evaluation.bootstrap import (
     interval,
 )
 from headrace.evaluation.metrics import Metric, MetricName, Sample, score
-from headrace.schema import Task
+from headrace.schema import Contract, Task
+from headrace.storage import read_json
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 AnyBlend: TypeAlias = MeanBlend | LinearBlend
 FitBlend: TypeAlias = Callable[[Mapping[str, Sample]], AnyBlend]
 RowsName = Literal["out_of_fold", "valid"]
 
+SELECTION = "selection.json"
 STACK = "stack"  # the blend's name wherever models are named
 NUM_PARTS = 5  # of valid rows, for cross-fitting on them
 # What a constant prediction scores at most, by a metric that asks only what a model tells apart.
@@ -170,6 +173,35 @@ def choice_json(choice: Choice) -> dict[str, Any]:
             "ci_high": rounded(choice.gain.high),
         },
     }
+
+
+def read_selection(
+    stack: Path, contract: Contract, members: Mapping[str, Path]
+) -> dict[str, Mapping[str, Any]]:
+    """Return the entry of each target in selection.json.
+
+    Raises:
+        IntegrityError: if it is of another format, or made from other models or targets.
+    """
+    path = stack / SELECTION
+    content = read_json(path)
+    if not isinstance(content, dict) or content.get("format") != 2:
+        raise IntegrityError(f"{path} is not a selection of format 2; run `headrace repro`")
+    targets: dict[str, Mapping[str, Any]] = content["targets"]
+    wanted = [target.name for target in contract.targets]
+    if sorted(targets) != sorted(wanted):
+        raise IntegrityError(
+            f"{path} is for the targets {sorted(targets)}, the table has {sorted(wanted)}; "
+            f"run `headrace repro`"
+        )
+    for name, entry in targets.items():
+        ranked = sorted(line["model"] for line in entry["ranking"])
+        if ranked != sorted(members):
+            raise IntegrityError(
+                f"{path}, target {name!r}, was made from the models {ranked}, params.yaml has "
+                f"{sorted(members)}; run `headrace repro`"
+            )
+    return targets
 
 
 def _values(rows: LabelledRows, metric: Metric, target: str) -> dict[str, float]:

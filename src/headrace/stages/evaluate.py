@@ -23,7 +23,7 @@ from headrace.data.lookup import rows_by_id
 from headrace.data.predictions import bytes_held, read_predictions
 from headrace.data.table import Table, open_table
 from headrace.data.truth import Truth, UnitChoice, label_bytes, line_up, read_truth, unit_bytes
-from headrace.errors import ConfigError, DataError, IntegrityError, ResourceError, nearest
+from headrace.errors import ConfigError, DataError, ResourceError, nearest
 from headrace.evaluation.blend import rounded
 from headrace.evaluation.bootstrap import (
     FEW_UNITS,
@@ -59,7 +59,7 @@ from headrace.evaluation.pairs import resamples_needed
 from headrace.evaluation.plots import pictures
 from headrace.evaluation.report import ReportInputs, TargetSection, interval_text, render_report
 from headrace.evaluation.resamples import RESAMPLES, resamples_bytes
-from headrace.evaluation.selection import STACK
+from headrace.evaluation.selection import STACK, read_selection
 from headrace.evaluation.streaming import Part, stream_bootstrap
 from headrace.evaluation.user_metrics import (
     UserMetric,
@@ -85,7 +85,6 @@ from headrace.storage import (
     write_json,
 )
 
-_SELECTION = "selection.json"
 _STATED = (
     "num_resamples",
     "seed",
@@ -224,7 +223,7 @@ def evaluate(
     folders = {**members, STACK: stack}
     for folder in folders.values():
         verify_folder(folder)
-    selection = _read_selection(stack, source.contract, members)
+    selection = read_selection(stack, source.contract, members)
     learnt = learning_section({name: read_summary(folder) for name, folder in members.items()})
     described = read_json(verify_file(profile.parent, profile.name)) if profile else None
     interpreted = read_interpretation(interpretation) if interpretation else None
@@ -720,30 +719,6 @@ def _rank(model: str, comparison: Comparison) -> Literal["best", "tied", ""]:
     if model == comparison.best:
         return "best"
     return "tied" if model in comparison.tied_with_best else ""
-
-
-def _read_selection(
-    stack: Path, contract: Contract, members: Mapping[str, Path]
-) -> dict[str, Mapping[str, Any]]:
-    path = stack / _SELECTION
-    content = read_json(path)
-    if not isinstance(content, dict) or content.get("format") != 2:
-        raise IntegrityError(f"{path} is not a selection of format 2; run `headrace repro`")
-    targets: dict[str, Mapping[str, Any]] = content["targets"]
-    wanted = [target.name for target in contract.targets]
-    if sorted(targets) != sorted(wanted):
-        raise IntegrityError(
-            f"{path} is for the targets {sorted(targets)}, the table has {sorted(wanted)}; "
-            f"run `headrace repro`"
-        )
-    for name, entry in targets.items():
-        ranked = sorted(line["model"] for line in entry["ranking"])
-        if ranked != sorted(members):
-            raise IntegrityError(
-                f"{path}, target {name!r}, was made from the models {ranked}, params.yaml has "
-                f"{sorted(members)}; run `headrace repro`"
-            )
-    return targets
 
 
 def _strata_column(contract: Contract, params: EvaluateParams) -> str | None:

@@ -27,7 +27,7 @@ from headrace.data.encoder import open_encoder
 from headrace.data.incoming import InputColumn
 from headrace.errors import IntegrityError, SchemaError
 from headrace.evaluation.blend import MeanBlend, blend_of
-from headrace.evaluation.selection import STACK
+from headrace.evaluation.selection import SELECTION, STACK
 from headrace.lineage import code_files
 from headrace.models.package import (
     ENCODER_FOLDER,
@@ -57,7 +57,6 @@ from headrace.storage import (
 )
 
 _PLAN = "plan.json"
-_SELECTION = "selection.json"
 _DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml", "ruamel": "ruamel.yaml"}
 
 
@@ -101,7 +100,7 @@ def publish(
         SchemaError: if two outputs would have one name.
     """
     contract = read_contract(verify_file(table, CONTRACT).parent)
-    mixtures = _mixtures(verify_file(stack, _SELECTION), contract, members)
+    mixtures = _mixtures(verify_file(stack, SELECTION), contract, members)
     description = Description(
         name=params.name,
         contract=contract.digest,

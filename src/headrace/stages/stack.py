@@ -31,6 +31,7 @@ from headrace.evaluation.linear import linear_blend
 from headrace.evaluation.metrics import DEFAULT_METRIC, BuiltinMetric, Metric, Sample, metric_of
 from headrace.evaluation.selection import (
     NUM_PARTS,
+    SELECTION,
     STACK,
     Choice,
     FitBlend,
@@ -46,7 +47,6 @@ from headrace.schema import SPLITS, Contract, Target
 from headrace.storage import new_folder, verify_folder, write_json
 
 Floats: TypeAlias = npt.NDArray[np.float64]
-SELECTION = "selection.json"
 
 
 class StackParams(Section):

@@ -1,0 +1,88 @@
+"""Split-conformal prediction: an interval or a set of classes that covers a stated share of rows.
+
+Valid rows, which no model was fitted on, say how far off predictions are: the absolute residual of
+a value, or 1 − the probability of the true class (LAC: Sadinle, Lei and Wasserman 2019). Of n rows
+the ⌈(n + 1) × coverage⌉-th smallest such score is the limit: a new row that is exchangeable with
+them stays within it with at least that chance (Vovk, Gammerman and Shafer 2005; Lei et al. 2018).
+A set that would be empty gets the likeliest class, which only adds to the coverage. Each row counts
+once, whatever its weight: the guarantee is one of rows.
+
+Rows of a later time, or of other groups, are not exchangeable: then coverage is measured alone.
+"""
+
+import math
+from fractions import Fraction
+from typing import Annotated, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+
+from headrace.evaluation.metrics import Sample
+from headrace.params import Section
+
+Floats: TypeAlias = npt.NDArray[np.float64]
+
+
+class Conformal(Section):
+    """How far from a prediction the truth may lie: ``limit`` on the scores of ``num_rows`` rows."""
+
+    coverage: Annotated[float, Field(gt=0, lt=1)]
+    limit: Annotated[float, Field(ge=0)]
+    num_rows: int
+
+    def interval(self, value: Floats) -> tuple[Floats, Floats]:
+        """Return the lower and the upper bound of each value."""
+        return value - self.limit, value + self.limit
+
+    def classes(self, probability: Floats) -> npt.NDArray[np.bool_]:
+        """Return which classes each row's set holds, (N, C)."""
+        p_NC = of_classes(probability)
+        is_in = 1 - p_NC <= self.limit
+        is_in[np.arange(len(p_NC)), p_NC.argmax(axis=1)] = True
+        return is_in
+
+
+def of_classes(probability: Floats) -> Floats:
+    """Return the probability of every class, (N, C), also where that of class 1 is told, (N,)."""
+    if probability.ndim == 2:
+        return probability
+    return np.column_stack([1 - probability, probability])
+
+
+def conform(sample: Sample, coverage: float) -> Conformal | None:
+    """Return the limit that ``sample`` sets; None if it has fewer rows than ``fewest_rows``."""
+    scores = np.sort(_scores(sample))
+    place = _place(len(scores), coverage)
+    if place > len(scores):
+        return None
+    return Conformal(
+        coverage=coverage, limit=float(max(0.0, scores[place - 1])), num_rows=len(scores)
+    )
+
+
+def fewest_rows(coverage: float) -> int:
+    """Return from how many rows on there is a finite limit.
+
+    >>> fewest_rows(0.9), fewest_rows(0.95), fewest_rows(0.5)
+    (9, 19, 1)
+    """
+    share = _exact(coverage)
+    return math.ceil(share / (1 - share))
+
+
+def _place(num_rows: int, coverage: float) -> int:
+    return math.ceil((num_rows + 1) * _exact(coverage))
+
+
+def _exact(coverage: float) -> Fraction:
+    return Fraction(repr(coverage))  # 0.9 is nine tenths, not the binary number next to it
+
+
+def _scores(sample: Sample) -> Floats:
+    if sample.task == "regression":
+        residual: Floats = np.abs(sample.truth - sample.prediction)
+        return residual
+    p_NC = of_classes(sample.prediction)
+    score: Floats = 1 - p_NC[np.arange(len(p_NC)), sample.truth.astype(np.int64)]
+    return score
