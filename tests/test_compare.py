@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from headrace.commands.compare import compare, print_compared
+from headrace.commands.compare import compare, print_compared, seed_sentences
 from headrace.commands.stage import model_settings
 from headrace.errors import ConfigError, DataError
 from headrace.evaluation.resamples import RESAMPLES
@@ -120,6 +120,7 @@ def test_other_rows_are_refused_with_counts_and_digests(two, tmp_path):
     case = Case(targets=(LATE,))
     case.labels["test"]["late"][:3] = 1 - case.labels["test"]["late"][:3]
     tell(root, case)
+    assert seed_sentences(Project(root)) == []  # the others are left out
     with pytest.raises(DataError, match="same test rows, but other labels or weights of 'late'"):
         compare(Project(root), ["1", "4"], target=None, metric=None)
 
@@ -182,6 +183,7 @@ def test_settings_that_differ_by_more_than_the_seed_are_no_replicates(tmp_path):
         tell(tmp_path, case, settings=told)
     (found,) = compare(Project(tmp_path), ["1", "2"], target=None, metric=None)
     assert found.noise == {}
+    assert seed_sentences(Project(tmp_path)) == []
 
 
 def test_too_few_resamples_for_so_many_pairs_are_said(two, tmp_path):
@@ -213,6 +215,7 @@ def test_a_run_without_an_evaluation_is_refused(tmp_path):
     run.close("finished")
     with pytest.raises(DataError, match="has no evaluation in the journal"):
         compare(Project(tmp_path), ["last"], target=None, metric=None)
+    assert seed_sentences(Project(tmp_path)) == []
 
 
 def test_a_run_is_found_by_the_beginning_of_its_id(two, tmp_path):

@@ -11,6 +11,7 @@ and a difference that is no larger is called so.
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
@@ -50,6 +51,7 @@ from headrace.tracking.history import (
 )
 
 _COMPARISON = "comparison.json"
+_REMEMBERED = 20  # runs that are looked at for other seeds at the end of one
 _MLFLOW_ID = re.compile(r"^[0-9a-f]{32}$")
 _METRIC_WIDTH, _OTHER_WIDTH = 28, 42  # of the columns of the table of values, in a terminal
 # What must agree for resample b to hold the same units in two runs.
@@ -144,6 +146,28 @@ def print_compared(found: Sequence[Compared], console: Console) -> None:
             console.print(_pairs_table(one), highlight=False)
         for line in [*_noise_sentences(one), *one.warnings]:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def seed_sentences(project: Project) -> list[str]:
+    """Say how far the models of the newest run moved in earlier ones where only the seed differed.
+
+    Of the last runs of this folder that were evaluated on the same rows and labels.
+    """
+    told: list[Told] = []
+    for run_id in reversed(list_runs(project.journal)[-_REMEMBERED:]):
+        with suppress(DataError):  # not evaluated, or on other rows
+            one = _of_journal(project, read_run(run_path(project.journal, run_id)))
+            _require_same_rows([*told[:1], one])
+            told.append(one)
+    if len(told) < 2:
+        return []
+    newest, *_ = told = _tell_apart(told)
+    return [
+        f"{target}: {line}"
+        for target in newest.content["targets"]
+        if all(target in run.content["targets"] for run in told)
+        for line in _noise_sentences(_compare(told, target, None), only=newest.name)
+    ]
 
 
 def _told(project: Project, name: str) -> Told:
@@ -462,16 +486,18 @@ def _remarks(pair: Pair, found: Compared, by_name: Mapping[str, Entry]) -> list[
     return said
 
 
-def _noise_sentences(found: Compared) -> list[str]:
+def _noise_sentences(found: Compared, *, only: str | None = None) -> list[str]:
+    """Say the spread over seeds of each model; of those of the run called ``only``, if given."""
     title = found.metrics[found.primary]["title"]
     spreads: dict[str, list[SeedNoise]] = {}
     for one in found.entries:
-        if noise := found.noise.get(one.name):
+        noise = found.noise.get(one.name)
+        if noise and only in (None, *one.runs):
             spreads.setdefault(one.model, []).append(noise)
     return [
         f"{model}: {title} over {noise.num_seeds} seeds has a standard deviation of "
-        f"{noise.deviation:.3g} (from {noise.low:.4g} to {noise.high:.4g}), beside the interval, "
-        f"which knows one fit"
+        f"{noise.deviation:.3g} (from {noise.low:.4g} to {noise.high:.4g}), which its interval "
+        f"does not hold; a gain of less than {noise.reach:.3g} is inside seed noise"
         for model, group in spreads.items()
         for noise in dict.fromkeys(group)
     ]

@@ -43,7 +43,7 @@ def print_summary(project: Project, dag: Dag, costs: Sequence[Cost], console: Co
         console.print(_result_table(own))
         for line in _tie_sentences(own):
             console.print(line, markup=False, highlight=False)
-    for line in _pointers(project, dag, has_results=bool(found)):
+    for line in [*_seeds(project, found), *_pointers(project, dag, has_results=bool(found))]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -88,6 +88,14 @@ def _tie_sentences(own: Sequence[Result]) -> list[str]:
     if better:
         lines.append(f"better on these rows, which do not choose: {', '.join(better)}")
     return lines
+
+
+def _seeds(project: Project, found: Sequence[Result]) -> list[str]:
+    if not found:
+        return []
+    from headrace.commands.compare import seed_sentences  # it loads numba: not for a run's start
+
+    return seed_sentences(project)
 
 
 def _pointers(project: Project, dag: Dag, *, has_results: bool) -> list[str]:

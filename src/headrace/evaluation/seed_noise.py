@@ -19,6 +19,11 @@ class SeedNoise:
     low: float
     high: float
 
+    @property
+    def reach(self) -> float:
+        """How far a fit may be from a model without such noise: two deviations."""
+        return 2 * self.deviation
+
 
 def seed_noise(values: Sequence[float]) -> SeedNoise | None:
     """Return the spread of the values of replicates; None for fewer than two.
@@ -36,5 +41,5 @@ def is_inside(gain: float, first: SeedNoise | None, second: SeedNoise | None) ->
 
     A model whose spread nobody has measured adds none.
     """
-    deviations = [noise.deviation for noise in (first, second) if noise is not None]
-    return bool(deviations) and abs(gain) <= 2 * float(np.hypot.reduce(deviations))
+    reaches = [noise.reach for noise in (first, second) if noise is not None]
+    return bool(reaches) and abs(gain) <= float(np.hypot.reduce(reaches))
