@@ -220,6 +220,32 @@ def test_a_useless_member_gets_no_weight_and_the_best_stays_alone(tmp_path):
     assert found.values.tolist() == own.values[np.argsort(own.row_id)].tolist()
 
 
+def test_a_doubtful_model_that_is_not_surely_worse_may_be_blended():
+    """Errors as wide as the truth: R² is about 0, and one may be as good as the other."""
+    noisy = regression(3, sizes={"one": 3.0, "two": 2.8, "far off": 9.0}, num_rows=60)
+    choice = chosen_of(noisy, noisy)
+
+    assert choice.uninformed == ("far off",)
+
+
+def test_a_second_level_model_is_ranked_but_not_blended_on_valid_rows():
+    """Its inputs have seen what the others say; blended with them it would count them twice."""
+    samples = regression(2, sizes={"one": 1.0, "two": 1.1, "embedding_catboost": 0.5})
+    choice = choose(
+        judged("valid", samples),
+        None,
+        metric_of("regression", "rmse"),
+        partial(greedy_blend, metric=metric_of("regression", "rmse"), rounds=10),
+        Resampling(200, 0.95, seed=0),
+        target="delay",
+        never_blended=("embedding_catboost",),
+    )
+
+    assert choice.best_single == "embedding_catboost"
+    assert set(choice.blend.members) <= {"one", "two"}
+    assert choice.compared_only == ("embedding_catboost",)
+
+
 def test_the_only_model_is_chosen(tmp_path):
     """And the blend of one is that one."""
     stacked, _, _ = run(Case(noise={"alone": 1.0}), tmp_path)

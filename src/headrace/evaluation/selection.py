@@ -3,7 +3,7 @@
 - The single models are ranked on **valid** rows; the first is the best single.
 - The blend is fitted on **out-of-fold** predictions of train rows, by the models that have them.
   Models that have none (one model for all folds, a second-level model) are ranked beside the
-  others, and are not in the blend. Nor is a model that tells no more than a constant: by luck a
+  others, and are not in the blend. Nor is one that tells no more than a constant: by luck a
   search gives random predictions a small weight (by ROC-AUC on 2,000 rows: in 4 trials of 10).
 - The blend is chosen if the interval of its gain over the best single excludes 0, on the rows it
   was fitted on, but *cross-fitted*: each fold is predicted by the blend fitted on the other folds.
@@ -18,7 +18,7 @@ Where no model has out-of-fold predictions, valid rows do all three: the blend i
 cross-fitted over fifths of the resampling units. Test rows never enter.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -34,8 +34,8 @@ from headrace.evaluation.bootstrap import (
     Units,
     bootstrap,
     difference,
+    estimate,
     fewest_resamples,
-    interval,
 )
 from headrace.evaluation.metrics import Metric, MetricName, Sample, score
 from headrace.schema import Contract, Task
@@ -105,10 +105,12 @@ def choose(
     resampling: Resampling,
     *,
     target: str,
+    never_blended: Collection[str] = (),
 ) -> Choice:
     """Return the blend, and whether it or the best single model is chosen.
 
     ``out_of_fold`` holds the models that predict train rows out of fold, None if there are none.
+    ``never_blended`` are models that valid rows rank but do not blend either.
 
     Raises:
         DataError: if the metric is not defined on these rows.
@@ -118,7 +120,7 @@ def choose(
     # sorted is stable: of equal models the one named first in params.yaml leads.
     ranking = tuple(sorted(values.items(), key=lambda item: -sign * item[1]))
     best = ranking[0][0]
-    rows = valid if out_of_fold is None else out_of_fold
+    rows = _without(valid, never_blended) if out_of_fold is None else out_of_fold
     of_train = {} if out_of_fold is None else _values(out_of_fold, metric, target)
     informed = _informed(rows, resampling)
     blend = fit(informed.samples)
@@ -215,19 +217,29 @@ def _values(rows: LabelledRows, metric: Metric, target: str) -> dict[str, float]
     return values
 
 
+def _without(rows: LabelledRows, names: Collection[str]) -> LabelledRows:
+    return replace(rows, samples={n: one for n, one in rows.samples.items() if n not in names})
+
+
 def _informed(rows: LabelledRows, resampling: Resampling) -> LabelledRows:
-    """Leave out models whose predictions are no better than a constant, beyond doubt."""
+    """Leave out what is not surely better than a constant and surely worse than the best."""
     enough = max(_NUM_RESAMPLES, fewest_resamples(resampling.confidence))
     few = replace(resampling, num_resamples=min(resampling.num_resamples, enough))
-    lows: dict[str, float] = {}
-    for name, sample in rows.samples.items():
-        metric, of_constant = _OF_CONSTANT[sample.task]
-        scored = bootstrap(sample, rows.units, few, threshold=0.5, only=metric)
-        found = interval(scored.points[metric], scored.resamples[metric], rows.units, few)
-        lows[name] = np.inf if found.low is None else found.low - of_constant
-    kept = {name: rows.samples[name] for name, low in lows.items() if low > 0}
-    first = max(lows, key=lows.__getitem__)
-    return replace(rows, samples=kept or {first: rows.samples[first]})
+    metric, of_constant = _OF_CONSTANT[next(iter(rows.samples.values())).task]
+    scored = {
+        name: bootstrap(sample, rows.units, few, threshold=0.5, only=metric)
+        for name, sample in rows.samples.items()
+    }
+    best = max(scored, key=lambda name: scored[name].points[metric])
+
+    def is_kept(name: str) -> bool:
+        found = estimate(metric, scored[name], rows.units, few)
+        if found.low is None or found.low > of_constant:
+            return True
+        behind = difference(metric, scored[name], scored[best], rows.units, few)
+        return behind.high is None or behind.high >= 0
+
+    return replace(rows, samples={n: sample for n, sample in rows.samples.items() if is_kept(n)})
 
 
 def _blended(rows: LabelledRows, blend: AnyBlend) -> Sample:

@@ -311,7 +311,15 @@ def _choose(
         )
     resampling = Resampling(params.num_resamples, params.confidence, params.seed, resources.threads)
     fit = _fit(params, metric)
-    return choose(ranked, out_of_fold, metric, fit, resampling, target=target.name)
+    return choose(
+        ranked,
+        out_of_fold,
+        metric,
+        fit,
+        resampling,
+        target=target.name,
+        never_blended=tuple(SECOND_LEVEL),
+    )
 
 
 def _fit(params: StackParams, metric: Metric) -> FitBlend:
