@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from headrace.data.encoder import open_encoder
@@ -276,6 +277,26 @@ def test_messages_name_the_section(folder, tmp_path):
     _, recorder = run(folder, tmp_path / "out", pool_budget=100_000)
 
     assert any("`embedding_catboost.pool_budget`" in text for text in recorder.warnings)
+
+
+@pytest.mark.parametrize("features", FEATURES)
+def test_what_the_networks_say_is_written_under_the_row_ids(folder, tmp_path, features):
+    """Of every row of every split, and the same for rows in another order."""
+    run(folder, tmp_path / "out", features=features)
+    rng = np.random.default_rng(0)
+    for split in ("train", "valid", "test"):
+        found = pq.read_table(tmp_path / "out" / "vectors" / f"{split}.parquet")
+        rows = all_rows(folder, split)
+        assert found["row_id"].equals(rows["row_id"])
+        assert found["fold"].equals(rows["fold"])
+        assert found["model"].unique().to_pylist() == ["nn"]
+        mixed = rows.take(pa.array(rng.permutation(rows.num_rows)))
+        columns = features_of(folder, mixed, features)
+        of_row = dict(
+            zip(mixed["row_id"].to_pylist(), np.column_stack(list(columns.values())), strict=True)
+        )
+        expected = np.stack([of_row[row_id] for row_id in found["row_id"].to_pylist()])
+        assert np.array(found["vector"].to_pylist()) == pytest.approx(expected, abs=1e-5)
 
 
 def test_it_is_compared_and_published_like_any_model_and_never_blended(tmp_path):

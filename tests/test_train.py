@@ -234,9 +234,7 @@ def test_one_labelled_row_is_too_few(folder):
         refuse_unlearnable((few,))
 
 
-def test_rows_outside_train_get_half_of_the_folds_models_and_half_of_the_whole_one(
-    folder, tmp_path
-):
+def test_rows_outside_train_get_two_thirds_of_the_whole_model(folder, tmp_path):
     run(folder, "catboost", tmp_path / "out")
     bag = load_model(tmp_path / "out")
     rows = open_table(folder / "reduce").read("test", ["row_id", *table_columns(folder)])
@@ -244,7 +242,7 @@ def test_rows_outside_train_get_half_of_the_folds_models_and_half_of_the_whole_o
     of_folds = np.mean(
         [bag.members[f"fold-{fold}"].predict(rows)["delay"] for fold in range(5)], axis=0
     )
-    expected = (of_folds + bag.members["whole"].predict(rows)["delay"]) / 2
+    expected = (of_folds + 2 * bag.members["whole"].predict(rows)["delay"]) / 3
     found = read_predictions(tmp_path / "out", DELAY).of_split("test")
 
     assert sum(bag.weights.values()) == pytest.approx(1)
@@ -348,6 +346,19 @@ def test_a_run_that_is_stopped_keeps_the_fits_that_were_finished(folder, tmp_pat
         "fold-1 was finished by an earlier run and is kept.",
     ]
     assert tree_bytes(tmp_path / "cut") == tree_bytes(tmp_path / "whole")
+
+
+def test_a_finished_fit_that_is_damaged_is_made_again(folder, tmp_path):
+    run(folder, "catboost", tmp_path / "out")
+    whole = tree_bytes(tmp_path / "out")
+    kept = tmp_path / "checkpoints-out" / "fold-2" / "fitted" / "model" / "delay.cbm"
+    kept.write_bytes(kept.read_bytes()[:-9])
+    _, again = run(folder, "catboost", tmp_path / "out")
+
+    assert sum("finished by an earlier run" in note for note in again.notes) == 5
+    (warned,) = [text for text in again.warnings if "damaged" in text]
+    assert "delay.cbm" in warned
+    assert tree_bytes(tmp_path / "out") == whole
 
 
 def test_a_damaged_table_is_refused(tmp_path):

@@ -2,9 +2,10 @@
 
 By default each fold gets a model fitted on the other folds. It predicts the rows of its own fold,
 so every train row has a prediction by a model that has not seen it (out-of-fold). One more model is
-fitted on all folds. Rows outside train get the mean of that one and of the folds' models, half
-each: the folds' models bring the gain of a bag, but each has seen only a part of the rows. A bag
-reads like one model wherever models are used.
+fitted on all folds. Rows outside train get the mean of that one, with weight 2/3, and of the folds'
+models: these bring the gain of a bag, but each has seen only a part of the rows. (On the valid rows
+of California housing, three seeds, a stack of two bags gains .0005 over halves.) A bag reads like
+one model wherever models are used.
 
 Within the rows it is fitted on, each model of a fold holds some back for early stopping, never
 those it is scored on: the last fold of a time split, a whole fold of a grouped one, else a tenth of
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 Bag = Literal["folds", "bootstrap", "none"]
 
 WHOLE = "whole"  # the member that is fitted on all folds
+_WHOLE_SHARE = 2 / 3  # of its prediction in that of the bag
 _STOP_SHARE = 0.1
 # Seeds of the hashes: apart from each other and from those of a model's own samples.
 _STOP_SEED, _DRAW_SEED = 1_000_003, 2_000_003
@@ -62,8 +64,8 @@ class BaggedModel:
     def weights(self) -> Mapping[str, float]:
         """What each member counts in a prediction of rows outside train; they add up to 1."""
         num_others = len(self.members) - (WHOLE in self.members)
-        each = (0.5 if WHOLE in self.members else 1.0) / num_others
-        return {name: 0.5 if name == WHOLE else each for name in self.members}
+        each = (1.0 - _WHOLE_SHARE if WHOLE in self.members else 1.0) / num_others
+        return {name: _WHOLE_SHARE if name == WHOLE else each for name in self.members}
 
     @property
     def summary(self) -> Mapping[str, Any]:

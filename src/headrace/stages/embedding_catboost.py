@@ -13,6 +13,7 @@ that is made on train rows.
 Off by default, for its cost: the stage is there if params.yaml has its section.
 """
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ from headrace.params import Resources
 from headrace.record import Recorder
 from headrace.schema import CONTRACT, FEATURE_ROLES, FOLD, ROW_ID, Column, Target
 from headrace.stages.train import (
+    PREDICTED_SPLITS,
     Trained,
     fit_all,
     plan_fits,
@@ -43,6 +45,7 @@ from headrace.stages.train import (
 )
 from headrace.storage import folder_digest, new_folder, verify_folder, write_file
 
+VECTORS = "vectors"  # folder of what the networks say of each row
 _BATCH_ROWS = 65_536
 _ALIGNED_ROWS = 20_000  # valid rows that show how the networks' spaces lie, at most
 
@@ -83,6 +86,7 @@ def embedding_catboost(
         num_rows = predict_rows(
             whole, plans, whole.kind, source, encoded, folder, recorder, seen_before=seen_before
         )
+        _write_vectors(source, fed, features, folder / VECTORS)
     names = tuple(target.name for target in source.contract.targets)
     return Trained(whole.kind, names, num_rows, whole.summary)
 
@@ -115,15 +119,22 @@ def _features(
     assert isinstance(networks, BaggedModel)  # train rows have predictions
     rows = pa.table({})
     if params.features == "embeddings":
-        valid = source.batches("valid", encoder.inputs, batch_rows=_ALIGNED_ROWS)
-        first = next(valid, None)
-        if first is None:
+        valid = list(_first_rows(source.batches("valid", encoder.inputs), _ALIGNED_ROWS))
+        if not valid:
             raise DataError(
                 "`embedding_catboost.features` is embeddings, and there are no valid rows to bring "
                 "the networks' spaces together by; change `extract.split`, or take predictions"
             )
-        rows = pa.Table.from_batches([first])
+        rows = pa.Table.from_batches(valid).unify_dictionaries()
     return network_features(networks, encoder, params.features, rows)
+
+
+def _first_rows(batches: Iterator[pa.RecordBatch], most: int) -> Iterator[pa.RecordBatch]:
+    for batch in batches:
+        yield batch.slice(0, most)
+        most -= min(most, batch.num_rows)
+        if not most:
+            return
 
 
 def _write_fed(source: Table, features: NetworkFeatures, folder: Path, recorder: Recorder) -> Table:
@@ -156,3 +167,44 @@ def _write_fed(source: Table, features: NetworkFeatures, folder: Path, recorder:
         contract = source.contract.model_copy(update={"columns": columns})
         write_file(private / CONTRACT, contract.to_json())
     return open_table(folder)
+
+
+def _write_vectors(source: Table, fed: Table, features: NetworkFeatures, folder: Path) -> None:
+    """Write what the networks say of every row, to be joined by row id.
+
+    SPLIT.parquet has row_id, fold (null outside train), model, the one that says it, and vector,
+    a list of float32 per row; rows are in the order of the table.
+    """
+    names = [name for name in fed.contract.features if name not in source.contract.features]
+    folder.mkdir()
+    for split in ("train", *PREDICTED_SPLITS):
+        writer = None
+        for batch in _fed_rows(source, fed, features, split, names):
+            vector_BH = np.column_stack([batch[name].to_numpy() for name in names])
+            rows = pa.table(
+                {
+                    ROW_ID: batch[ROW_ID],
+                    FOLD: batch[FOLD],
+                    "model": pa.array(["nn"] * batch.num_rows).dictionary_encode(),
+                    "vector": pa.FixedSizeListArray.from_arrays(vector_BH.ravel(), len(names)),
+                }
+            )
+            if writer is None:
+                path = folder / f"{split}.parquet"
+                writer = pq.ParquetWriter(path, rows.schema, compression="lz4")
+            writer.write_table(rows)
+        if writer is not None:
+            writer.close()
+
+
+def _fed_rows(
+    source: Table, fed: Table, features: NetworkFeatures, split: str, names: Sequence[str]
+) -> Iterator[pa.Table]:
+    """Yield ids, folds and features; trees are fed no test row, so the networks are asked."""
+    if split != "test":
+        for batch in fed.batches(split, [ROW_ID, FOLD, *names], batch_rows=_BATCH_ROWS):
+            yield pa.Table.from_batches([batch])
+        return
+    asked = [ROW_ID, FOLD, *source.contract.features]
+    for batch in source.batches(split, asked, batch_rows=_BATCH_ROWS):
+        yield features.added_to(pa.Table.from_batches([batch]))

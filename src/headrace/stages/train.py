@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from headrace.data.predictions import VALID_SEEN, Predictions, write_predictions
 from headrace.data.table import Table, open_table
-from headrace.errors import DataError
+from headrace.errors import DataError, IntegrityError
 from headrace.models.bagging import BaggedModel, FitPlan, fit_plans
 from headrace.models.protocol import (
     KINDS,
@@ -167,7 +167,7 @@ def fit_all(
         own = checkpoints / plan.name if plan.name else checkpoints
         told = _FitRecorder(recorder, plan.name, place, len(plans)) if plan.name else recorder
         finished = own / FITTED
-        if _is_finished(finished, model):
+        if _is_finished(finished, model, recorder):
             fitted = load_model(finished)
             recorder.note(f"{plan.name or model} was finished by an earlier run and is kept.")
         else:
@@ -191,13 +191,21 @@ def _remove_others(folder: Path, kept: Path) -> None:
             path.unlink()
 
 
-def _is_finished(folder: Path, model: str) -> bool:
-    """Whether ``folder`` holds a whole model; of several ranks the first one looks."""
+def _is_finished(folder: Path, model: str, recorder: Recorder) -> bool:
+    """Whether ``folder`` holds a whole model; of several ranks the first one looks.
+
+    A damaged one is removed, so that it is fitted again.
+    """
 
     def look() -> bool:
         if not folder.is_dir():
             return False
-        verify_folder(folder)
+        try:
+            verify_folder(folder)
+        except IntegrityError as error:
+            recorder.warn(f"a finished fit is damaged and is made again: {error}")
+            shutil.rmtree(folder)
+            return False
         return True
 
     if not KINDS[model].can_share:
