@@ -95,7 +95,7 @@ def test_honest_predictions_pass_every_check(task):
         check_calibration(target, "m", sample, ROWS, RESAMPLING),
         check_inversion(target, "m", sample, ROWS, RESAMPLING),
         check_rounding(target, "m", sample.prediction),
-        check_constant("m", sample.prediction, sample.truth),
+        check_constant("m", sample.prediction, sample.truth, is_chosen=True),
     ]
     assert [one.verdict for one in findings] == ["ok"] * 4, findings
 
@@ -193,12 +193,13 @@ def test_the_correlation_has_the_interval_of_its_resamples():
 def test_constants_are_bad(task):
     sample = honest(task)
     constant = np.repeat(sample.prediction[:1], NUM_ROWS, axis=0)
-    assert check_constant("m", constant, sample.truth).verdict == "bad"
+    assert check_constant("m", constant, sample.truth, is_chosen=True).verdict == "bad"
+    assert check_constant("m", constant, sample.truth, is_chosen=False).verdict == "warn"
     assert check_rounding(TASKS[task], "m", constant).verdict == "unknown"
     same = Sample(task, sample.truth, constant)
     assert check_inversion(TASKS[task], "m", same, ROWS, RESAMPLING).verdict != "bad"
     nearly = constant + 1e-5 * sample.prediction
-    assert check_constant("m", nearly, sample.truth).verdict == "warn"
+    assert check_constant("m", nearly, sample.truth, is_chosen=True).verdict == "warn"
 
 
 @pytest.mark.parametrize(
@@ -273,6 +274,29 @@ def test_slices_are_counted_and_an_empty_one_has_a_reason():
     told = check_slices("m", nothing, NUM_ROWS, ROWS, 0.05)
     assert told.verdict == "unknown"
     assert "no slice of one leaves 50 rows" in told.sentence
+
+
+def test_harder_rows_are_not_called_a_fault_of_the_model():
+    """A model that knows its chances, beside one that is too sure in the same slice."""
+    rng = np.random.default_rng(0)
+    is_hard = np.arange(NUM_ROWS) < 400
+    p = np.where(is_hard, rng.uniform(0.4, 0.6, NUM_ROWS), rng.choice([0.03, 0.97], NUM_ROWS))
+    truth = (rng.random(NUM_ROWS) < p).astype(float)
+    column = Coded("c", "category", is_hard.astype(float), ("easy", "hard"))
+    verdicts = {}
+    for name, given in {
+        "knows": p,
+        "sure": np.where(is_hard, p.round(), p).clip(0.03, 0.97),
+    }.items():
+        found = find_slices(Sample("binary", truth, given), ROWS, [column], RESAMPLING)
+        told = check_slices("m", found, NUM_ROWS, ROWS, 0.05)
+        verdicts[name] = told.verdict
+        worst = found.worst[0]
+        entropy = -given * np.log(given) - (1 - given) * np.log(1 - given)
+        assert (worst.label, worst.p_holm < 1e-6) == ("hard", True)
+        assert worst.expected == pytest.approx(entropy[is_hard].mean())
+        assert (worst.p_off < 0.05) == (name == "sure")
+    assert verdicts == {"knows": "ok", "sure": "warn"}
 
 
 def test_findings_are_sorted_counted_and_rounded():

@@ -24,7 +24,7 @@ from headrace.evaluation.bootstrap import (
 )
 from headrace.evaluation.coded import Coded
 from headrace.evaluation.drift import SHIFTED, STABLE, Shift, shift
-from headrace.evaluation.findings import CheckVerdict, Finding
+from headrace.evaluation.findings import CheckVerdict, Finding, rows_text
 from headrace.evaluation.metrics import MetricName, Sample
 from headrace.kernels.bootstrap import resample
 from headrace.schema import Target
@@ -98,10 +98,11 @@ def check_calibration(
         f"The mean prediction{of_class} is {means[0]:.4g}, the mean truth {means[1]:.4g}: "
         f"difference {_interval_text(gap)}, {size:.2f} standard deviations of the truth"
     )
-    sentence = f"{told} ({len(truth):,} test rows, {units})."
+    rows = rows_text(len(truth), "test rows", units)
+    sentence = f"{told} ({rows})."
     if verdict in ("warn", "bad"):
         sentence = (
-            f"{told} ({len(truth):,} test rows, {units}): probabilities or values are off as a "
+            f"{told} ({rows}): probabilities or values are off as a "
             f"whole; look at the target's distribution in train and test, and calibrate."
         )
     facts: dict[str, Any] = {
@@ -171,17 +172,22 @@ def check_inversion(
     return Finding("inverted predictions", model, "ok", f"{told}; not inverted.", facts)
 
 
-def check_constant(model: str, prediction: Floats, truth: Floats) -> Finding:
-    """Look for predictions that are all the same, or nearly so beside the truth's spread."""
+def check_constant(model: str, prediction: Floats, truth: Floats, *, is_chosen: bool) -> Finding:
+    """Look for predictions that are all the same, or nearly so beside the truth's spread.
+
+    They may be what a baseline is for: they are bad only of the chosen model.
+    """
     columns = prediction.reshape(len(prediction), -1)
     spread, of_truth = float(columns.std(axis=0).max()), float(truth.std())
     facts = {"standard_deviation": spread, "truth_standard_deviation": of_truth}
     if (columns == columns[0]).all():
         sentence = (
-            f"All {len(columns):,} predictions of test rows are equal: the model learned nothing "
-            f"from its inputs; look at its training curve, and whether its inputs are constant."
+            f"All {len(columns):,} predictions of test rows are equal: right for a baseline that "
+            f"knows the mean alone; any other model learned nothing from its inputs: look at its "
+            f"training curve, and whether the inputs are constant."
         )
-        return Finding("constant predictions", model, "bad", sentence, facts)
+        verdict: CheckVerdict = "bad" if is_chosen else "warn"
+        return Finding("constant predictions", model, verdict, sentence, facts)
     if spread < _NEARLY_CONSTANT * of_truth:
         sentence = (
             f"Predictions of test rows hardly differ: their standard deviation is {spread:.3g}, "

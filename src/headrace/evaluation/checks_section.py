@@ -74,11 +74,15 @@ def _slices_tables(slices: Slices, chosen: str, confidence: float) -> tuple[Tabl
         "difference",
         f"low ({confidence:.4g})",
         "high",
-        "mean of prediction − truth",
+        "prediction − truth",
+        "expected there",
         "p, Holm",
         "worse",
+        "off",
     )
-    rows = tuple((*_slice_row(one), _worse(one, confidence)) for one in slices.worst)
+    rows = tuple(
+        (*_slice_row(one), _worse(one, confidence), _off(one, confidence)) for one in slices.worst
+    )
     note = (
         f"The {len(rows)} slices with the smallest p-values of {slices.num_tested} tested, "
         f"one-sided and corrected over all by Holm's method. The interval is of one slice alone, "
@@ -96,6 +100,7 @@ def _slice_row(one: Slice) -> tuple[Cell, ...]:
         change.low if change else None,
         change.high if change else None,
         one.bias,
+        one.expected,
         one.p_holm,
     )
     return (one.column, one.label, one.num_rows, *(rounded(number) for number in numbers))
@@ -103,6 +108,12 @@ def _slice_row(one: Slice) -> tuple[Cell, ...]:
 
 def _worse(one: Slice, confidence: float) -> str:
     return "yes" if one.p_holm <= 1 - confidence else "no"
+
+
+def _off(one: Slice, confidence: float) -> str:
+    if one.p_off is None:
+        return ""
+    return "yes" if one.p_off <= 1 - confidence else "no"
 
 
 def _slices_charts(slices: Slices, confidence: float) -> tuple[Chart, ...]:

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from headrace.evaluation.bootstrap import Interval, Units
 from headrace.evaluation.drift import Shift
-from headrace.evaluation.findings import CheckVerdict, Finding
-from headrace.evaluation.slices import Slices, slice_json
+from headrace.evaluation.findings import CheckVerdict, Finding, rows_text
+from headrace.evaluation.slices import Slice, Slices, slice_json
 
 _TOLD_APART, _FAR_APART = 0.55, 0.75  # lower bound of the adversarial ROC-AUC
 _MANY_COPIES = 0.01  # share of the later split's rows
@@ -45,7 +45,8 @@ def check_drift(
     seen = f"the predictions of {model}" if model else "all columns"
     told = (
         f"By {seen} trees tell {pair[0]} from {pair[1]} with ROC-AUC {area.value:.3f} "
-        f"[{area.low:.3f}, {area.high:.3f}] (0.5: not at all; {num_rows:,} rows, {units})"
+        f"[{area.low:.3f}, {area.high:.3f}] (0.5: not at all; "
+        f"{rows_text(num_rows, 'rows', units)})"
     )
     if area.low <= _TOLD_APART:
         return Finding(check, subject, "ok", f"{told}.", facts)
@@ -159,19 +160,39 @@ def check_slices(model: str, found: Slices, num_rows: int, units: Units, alpha: 
     if not found.num_tested:
         reason = "; ".join(found.skipped.values()) or "there is no column to cut by"
         return Finding("slices", model, "unknown", f"Nothing was tested: {reason}.", facts)
-    rows = f"{num_rows:,} test rows, {units}"
+    rows = rows_text(num_rows, "test rows", units)
     if not worse:
         sentence = (
             f"On none of {found.num_tested} slices is the {found.loss} significantly larger than "
             f"elsewhere (Holm; {rows})."
         )
         return Finding("slices", model, "ok", sentence, facts)
-    worst = worse[0]
     many = f"{len(worse)} or more" if len(worse) == len(found.worst) else str(len(worse))
-    sentence = (
+    off = [one for one in worse if one.p_off is None or one.p_off <= alpha]
+    most = (off or worse)[0]
+    told = (
         f"On {many} of {found.num_tested} slices the {found.loss} is significantly larger than "
-        f"elsewhere (Holm; {rows}), most surely where {worst.column} is {worst.label}: "
-        f"{worst.value:.4g} against {worst.rest:.4g} on {worst.num_rows:,} rows. See whether these "
-        f"rows are harder or the model is off there, and do not rely on the mean for them."
+        f"elsewhere (Holm; {rows}), most surely where {_slice_text(most)}"
     )
-    return Finding("slices", model, "warn", sentence, facts)
+    if not off:
+        sentence = (
+            f"{told}; on none is it larger than the model's own probabilities say, so these rows "
+            f"are harder, and the model knows it."
+        )
+        return Finding("slices", model, "ok", sentence, facts)
+    advice = (
+        "See whether these rows are harder or the model is off there, and do not rely on the mean "
+        "of all rows for them."
+        if most.p_off is None
+        else f"The model is surer there than it should be, on {len(off)} of them: look for what "
+        f"differs there, and do not rely on the mean of all rows for them."
+    )
+    return Finding("slices", model, "warn", f"{told}. {advice}", facts)
+
+
+def _slice_text(one: Slice) -> str:
+    said = (
+        f"{one.column} is {one.label}: {one.value:.4g} against {one.rest:.4g} on {one.num_rows:,} "
+        f"rows"
+    )
+    return said if one.expected is None else f"{said} ({one.expected:.4g} by its own probabilities)"

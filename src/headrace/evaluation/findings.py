@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from headrace.evaluation.blend import rounded
+from headrace.evaluation.bootstrap import Units
 
 CheckVerdict = Literal["ok", "unknown", "warn", "bad"]
 VERDICTS: tuple[CheckVerdict, ...] = ("bad", "warn", "unknown", "ok")
@@ -48,6 +49,17 @@ def counted(findings: Iterable[Finding]) -> str:
     """
     found = [one.verdict for one in findings]
     return ", ".join(f"{found.count(verdict)} {verdict}" for verdict in VERDICTS)
+
+
+def rows_text(num_rows: int, kind: str, units: Units) -> str:
+    """Return how many rows there are, and of how many units if those are not rows.
+
+    >>> import numpy as np
+    >>> rows_text(1200, "test rows", Units("day", np.arange(1200) % 30, 30))
+    '1,200 test rows, 30 days'
+    """
+    said = f"{num_rows:,} {kind}"
+    return said if units.name == "row" else f"{said}, {units}"
 
 
 def _rounded(value: Any) -> Any:

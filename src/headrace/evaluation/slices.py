@@ -7,8 +7,11 @@ slice's units less one as degrees of freedom. The p-values of all slices are cor
 Holm's method; those shown have an interval from the resamples of the units. A test by resamples
 could not give p-values small enough for hundreds of slices.
 
-A slice can be worse because its rows are harder, with nothing wrong in the model. The mean of
-prediction − truth beside it tells these apart: far from 0, the model is off there.
+A slice can be worse because its rows are harder, with nothing wrong in the model: where a class is
+as likely as not, its log-loss is large whatever the model does. So of classes the loss in the slice
+is also compared with what the model's own probabilities say it is (their entropy), by the same kind
+of test, corrected over all slices: only where the loss is larger is the model off. Of values nobody
+knows what to expect; there the mean of prediction − truth stands beside it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -39,8 +42,10 @@ _PARTS = 5  # of a number; of time, as many as leave each enough units
 class Slice:
     """Some test rows beside the rest; ``value`` and ``rest`` are mean losses.
 
-    ``bias`` is the mean of prediction − truth, None for several classes. ``difference`` is value −
-    rest; its interval is of this slice alone, and None where the slice is not among those shown.
+    ``bias`` is the mean of prediction − truth, None for several classes. ``expected`` is the loss
+    by the model's own probabilities, and ``p_off`` the corrected p-value that the loss is larger;
+    None for values. ``difference`` is value − rest; its interval is of this slice alone, and None
+    where the slice is not among those shown.
     """
 
     column: str
@@ -50,8 +55,10 @@ class Slice:
     value: float
     rest: float
     bias: float | None
+    expected: float | None
     p_value: float
     p_holm: float
+    p_off: float | None
     difference: Interval | None = None
 
 
@@ -77,7 +84,7 @@ def find_slices(
     sample: Sample, units: Units, columns: Sequence[Coded], resampling: Resampling
 ) -> Slices:
     """Test the slices of ``columns``, whose rows are those of ``sample``."""
-    loss, weight, bias = _rows(sample)
+    rows = _rows(sample)
     independent = units.of_row // units.block
     parts = (_PARTS, max(2, min(_PARTS, units.num_independent // (LEAST_UNITS + 1))))
     found: list[tuple[Slice, Mask]] = []
@@ -86,7 +93,7 @@ def find_slices(
         tested = [
             (one, is_in)
             for label, is_in in _cut(column, parts[column.kind == "time"])
-            if (one := _test(column.name, label, is_in, loss, weight, bias, independent))
+            if (one := _test(column.name, label, is_in, rows, independent))
         ]
         found += tested
         if not tested:
@@ -95,14 +102,15 @@ def find_slices(
                 f"{units.name}s in it and in the rest"
             )
     corrected = holm([one.p_value for one, _ in found])
+    off = holm([one.p_off for one, _ in found])
     ranked = sorted(
         (
-            (replace(one, p_holm=p if p is not None else 1.0), is_in)
-            for (one, is_in), p in zip(found, corrected, strict=True)
+            (replace(one, p_holm=p if p is not None else 1.0, p_off=q), is_in)
+            for (one, is_in), p, q in zip(found, corrected, off, strict=True)
         ),
         key=lambda pair: (pair[0].p_value, pair[0].column, pair[0].label),
     )[:SHOWN]
-    worst = _with_intervals(ranked, loss, weight, units, resampling)
+    worst = _with_intervals(ranked, rows, units, resampling)
     return Slices(loss_name(sample.task), tuple(worst), len(found), skipped)
 
 
@@ -120,19 +128,36 @@ def slice_json(one: Slice) -> dict[str, Any]:
         "ci_low": change.low if change else None,
         "ci_high": change.high if change else None,
         "bias": one.bias,
+        "expected": one.expected,
         "p_value": one.p_value,
         "p_holm": one.p_holm,
+        "p_off": one.p_off,
     }
 
 
-def _rows(sample: Sample) -> tuple[Floats, Floats, Floats | None]:
-    """Return loss, weight and prediction − truth of each row."""
+@dataclass(frozen=True)
+class _Rows:
+    """What is known of each row, (N,): see ``Slice``."""
+
+    loss: Floats
+    weight: Floats
+    bias: Floats | None
+    expected: Floats | None
+
+
+def _rows(sample: Sample) -> _Rows:
     weight = np.ones(len(sample.truth)) if sample.weight is None else sample.weight
     if sample.task == "regression":
         error = sample.prediction - sample.truth
-        return np.abs(error), weight, error
-    loss = log_losses(sample.truth, sample.prediction)
-    return loss, weight, sample.prediction - sample.truth if sample.task == "binary" else None
+        return _Rows(np.abs(error), weight, error, None)
+    is_binary = sample.task == "binary"
+    p = sample.prediction
+    chances_NC = np.column_stack([1 - p, p]) if is_binary else p
+    codes = np.arange(chances_NC.shape[1])
+    losses = [log_losses(np.full(len(p), code, np.float64), p) for code in codes]
+    expected = (chances_NC * np.column_stack(losses)).sum(axis=1)
+    bias = p - sample.truth if is_binary else None
+    return _Rows(log_losses(sample.truth, p), weight, bias, expected)
 
 
 def _cut(column: Coded, num_parts: int) -> Iterator[tuple[str, Mask]]:
@@ -169,48 +194,63 @@ def _text(column: Coded, value: float) -> str:
 
 
 def _test(
-    column: str,
-    label: str,
-    is_in: Mask,
-    loss: Floats,
-    weight: Floats,
-    bias: Floats | None,
-    unit: npt.NDArray[np.int64],
+    column: str, label: str, is_in: Mask, rows: _Rows, unit: npt.NDArray[np.int64]
 ) -> Slice | None:
-    """Return the slice with its one-sided p-value, or None if it or the rest is too small."""
-    from scipy.special import stdtr
-
+    """Return the slice with its one-sided p-values, or None if it or the rest is too small."""
+    loss, weight = rows.loss, rows.weight
     sides = (is_in, ~is_in)
     num_units = [len(np.unique(unit[side])) for side in sides]
     too_small = min(int(side.sum()) for side in sides) < LEAST_ROWS
     if too_small or min(num_units) < LEAST_UNITS or not all(weight[side].any() for side in sides):
         return None
-    value, rest = (float(np.average(loss[side], weights=weight[side])) for side in sides)
+    value, rest = (_mean(loss, weight, side) for side in sides)
     total = [weight[side].sum() for side in sides]
     added = np.where(is_in, (loss - value) / total[0], -(loss - rest) / total[1]) * weight
-    of_unit = np.bincount(unit, weights=added)
+    p_off = expected = None
+    if rows.expected is not None:
+        expected = _mean(rows.expected, weight, is_in)
+        excess = loss - rows.expected
+        own = np.where(is_in, (excess - (value - expected)) / total[0], 0) * weight
+        p_off = _p_value(value - expected, own[is_in], unit[is_in], num_units[0])
+    return Slice(
+        column,
+        label,
+        int(is_in.sum()),
+        num_units[0],
+        value,
+        rest,
+        None if rows.bias is None else _mean(rows.bias, weight, is_in),
+        expected,
+        _p_value(value - rest, added, unit, num_units[0]),
+        1.0,
+        p_off,
+    )
+
+
+def _mean(values: Floats, weight: Floats, is_in: Mask) -> float:
+    return float(np.average(values[is_in], weights=weight[is_in]))
+
+
+def _p_value(change: float, added: Floats, unit: npt.NDArray[np.int64], num_units: int) -> float:
+    """Return the chance of a mean so far above 0, by what each row has ``added`` to it."""
+    from scipy.special import stdtr
+
     used = len(np.unique(unit))
+    of_unit = np.bincount(unit, weights=added)
     error = float(np.sqrt((of_unit**2).sum() * used / (used - 1)))
     # A slice without any spread says nothing that a test could weigh.
-    p_value = float(stdtr(num_units[0] - 1, -(value - rest) / error)) if error > 0 else 1.0
-    off = None if bias is None else float(np.average(bias[is_in], weights=weight[is_in]))
-    num_rows = int(is_in.sum())
-    return Slice(column, label, num_rows, num_units[0], value, rest, off, p_value, 1.0)
+    return float(stdtr(num_units - 1, -change / error)) if error > 0 else 1.0
 
 
 def _with_intervals(
-    ranked: Sequence[tuple[Slice, Mask]],
-    loss: Floats,
-    weight: Floats,
-    units: Units,
-    resampling: Resampling,
+    ranked: Sequence[tuple[Slice, Mask]], rows: _Rows, units: Units, resampling: Resampling
 ) -> Iterator[Slice]:
     if not ranked:
         return
-    rows = [weight * loss, weight]
+    columns = [rows.weight * rows.loss, rows.weight]
     for _, is_in in ranked:
-        rows += [weight * loss * is_in, weight * is_in]
-    columns_KU = sums_per_unit(np.stack(rows), units)
+        columns += [rows.weight * rows.loss * is_in, rows.weight * is_in]
+    columns_KU = sums_per_unit(np.stack(columns), units)
     sums_BK, _ = resample(
         columns_KU,
         (),

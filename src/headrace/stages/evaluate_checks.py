@@ -326,7 +326,7 @@ def _check_target(
             check_calibration(target, model, sample, units, resampling),
             check_inversion(target, model, sample, units, resampling),
             check_rounding(target, model, sample.prediction),
-            check_constant(model, sample.prediction, truth),
+            check_constant(model, sample.prediction, truth, is_chosen=model == chosen),
         ]
     findings += _prediction_drift(
         target, chosen, folders[chosen], drawn, resampling, by_time=by_time
