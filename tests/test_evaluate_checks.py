@@ -1,5 +1,6 @@
 """The checks of a whole table: what they read, what they write, and that threads change nothing."""
 
+import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -35,14 +36,16 @@ class Made:
     """A table of three splits and one model, whose values a test may change first."""
 
     split: Split = field(default_factory=lambda: Split(kind="random"))
+    sizes: dict[str, int] = field(default_factory=lambda: SIZES)
+    num_more: int = 0  # further numbers
 
     def __post_init__(self):
         rng = np.random.default_rng(0)
         self.columns, self.row_id, self.predicted, self.label = {}, {}, {}, {}
-        for number, (split, size) in enumerate(SIZES.items()):
+        for number, (split, size) in enumerate(self.sizes.items()):
             x = rng.normal(size=size)
             p = 1 / (1 + np.exp(-x))
-            self.row_id[split] = np.sort(rng.choice(10**6, size, replace=False)) + number * 10**6
+            self.row_id[split] = np.sort(rng.choice(10**7, size, replace=False)) + number * 10**7
             self.columns[split] = {
                 "id": np.arange(size),
                 "when": (19_000 + rng.integers(0, 40, size)) * 86_400_000_000,
@@ -50,15 +53,18 @@ class Made:
                 "z": rng.integers(0, 1000, size).astype("i2"),
                 "c": rng.choice(["a", "b", "d"], size),
             }
+            for k in range(self.num_more):
+                self.columns[split][f"x{k}"] = rng.normal(size=size).astype("f4")
             self.label[split] = rng.random(size) < p
             self.predicted[split] = np.clip(p + 0.05 * rng.normal(size=size), 0.01, 0.99)
 
     def write(self, root):
-        contract = Contract(columns=COLUMNS, targets=(LATE,), split=self.split)
+        more = [Column(name=f"x{k}", role="numeric", dtype="float") for k in range(self.num_more)]
+        contract = Contract(columns=(*more, *COLUMNS), targets=(LATE,), split=self.split)
         with new_folder(root / "reduce") as folder:
             write_file(folder / "contract.json", contract.to_json())
             for split, columns in self.columns.items():
-                fold = np.arange(SIZES[split]) % 5
+                fold = np.arange(self.sizes[split]) % 5
                 table = pa.table(
                     {
                         "row_id": self.row_id[split],
@@ -75,7 +81,7 @@ class Made:
         with new_folder(root / "model") as folder:
             row_id = np.concatenate(list(self.row_id.values()))
             fold = np.full(len(row_id), -1, np.int8)
-            fold[: SIZES["train"]] = np.arange(SIZES["train"]) % 5
+            fold[: self.sizes["train"]] = np.arange(self.sizes["train"]) % 5
             write_predictions(
                 folder,
                 Predictions(
@@ -83,7 +89,7 @@ class Made:
                     "late",
                     row_id,
                     fold,
-                    np.repeat(np.arange(3, dtype=np.int8), list(SIZES.values())),
+                    np.repeat(np.arange(3, dtype=np.int8), list(self.sizes.values())),
                     np.concatenate(list(self.predicted.values())),
                     ((0, 1, 2, 3, 4),),
                     np.zeros(len(row_id), np.int32),
@@ -95,7 +101,7 @@ class Made:
     def check(self, root, *, slices=(), threads=1, in_memory=True):
         table, model = self.write(root)
         truth = read_truth(table, "test", unit="auto", key="evaluate.unit") if in_memory else None
-        count = SIZES["test"]
+        count = self.sizes["test"]
         return run_checks(
             table,
             {"model": model},
@@ -251,3 +257,19 @@ def test_a_sample_is_the_same_rows_for_labels_columns_and_predictions(tmp_path):
     assert read_predictions(model, LATE).values[0] == made.predicted["train"][0]
     other = draw_rows(table, "train", ["x"], count=300, seed=2, unit="auto", key="k")
     assert len(np.intersect1d(other.row_id, rows.row_id)) < len(rows.row_id) * 0.6
+
+
+@pytest.mark.slow
+def test_a_large_table_is_checked_in_seconds(tmp_path):
+    """300,000 rows of 20 columns: CPU seconds; twice the rows do not cost twice as much."""
+    seconds = []
+    for factor in (1, 2):
+        sizes = {"train": 210_000 * factor, "valid": 45_000 * factor, "test": 45_000 * factor}
+        made = Made(sizes=sizes, num_more=17)
+        start = time.process_time()
+        checks = made.check(tmp_path / str(factor))
+        seconds.append(time.process_time() - start)
+        assert sum(all_rows for _, all_rows in checks.num_rows.values()) == 300_000 * factor
+        assert all(drawn < 52_000 for drawn, _ in checks.num_rows.values())
+    assert seconds[0] < 20
+    assert seconds[1] < 1.7 * seconds[0]

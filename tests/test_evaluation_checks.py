@@ -263,15 +263,15 @@ def test_slices_are_counted_and_an_empty_one_has_a_reason():
     bad = Sample("regression", sample.truth, sample.prediction + 3 * code)
     column = Coded("c", "category", code, ("good", "bad"))
     found = find_slices(bad, ROWS, [column], RESAMPLING)
-    told = check_slices("m", found, NUM_ROWS, ROWS, 0.05)
+    told = check_slices("m", found, NUM_ROWS, ROWS)
     assert told.verdict == "warn"
     assert "On 1 of 2 slices" in told.sentence
-    assert "where c is bad" in told.sentence
+    assert "first where c is bad" in told.sentence
     quiet = find_slices(sample, ROWS, [column], RESAMPLING)
-    assert check_slices("m", quiet, NUM_ROWS, ROWS, 0.05).verdict == "ok"
+    assert check_slices("m", quiet, NUM_ROWS, ROWS).verdict == "ok"
     alone = Coded("one", "category", code * 0, ("all",))
     nothing = find_slices(sample, ROWS, [alone], RESAMPLING)
-    told = check_slices("m", nothing, NUM_ROWS, ROWS, 0.05)
+    told = check_slices("m", nothing, NUM_ROWS, ROWS)
     assert told.verdict == "unknown"
     assert "no slice of one leaves 50 rows" in told.sentence
 
@@ -289,7 +289,7 @@ def test_harder_rows_are_not_called_a_fault_of_the_model():
         "sure": np.where(is_hard, p.round(), p).clip(0.03, 0.97),
     }.items():
         found = find_slices(Sample("binary", truth, given), ROWS, [column], RESAMPLING)
-        told = check_slices("m", found, NUM_ROWS, ROWS, 0.05)
+        told = check_slices("m", found, NUM_ROWS, ROWS)
         verdicts[name] = told.verdict
         worst = found.worst[0]
         entropy = -given * np.log(given) - (1 - given) * np.log(1 - given)

@@ -147,6 +147,22 @@ def test_no_more_than_the_worst_are_shown():
     assert p_values == sorted(p_values)
 
 
+def test_a_slice_that_is_off_comes_before_harder_ones():
+    """Ten harder slices with smaller p-values do not hide it."""
+    rng = np.random.default_rng(0)
+    num_rows = 6000
+    code = np.arange(num_rows) % 25
+    p = np.where(code < 12, rng.uniform(0.4, 0.6, num_rows), rng.choice([0.1, 0.9], num_rows))
+    truth = (rng.random(num_rows) < np.where(code == 24, 0.5, p)).astype(float)
+    column = Coded("c", "category", np.minimum(code, 18) + 0.0, tuple("abcdefghijklmnopqrs"))
+    off = Coded("off", "category", (code == 24) + 0.0, ("no", "yes"))
+    units = Units("row", np.arange(num_rows), num_rows)
+    found = find_slices(Sample("binary", truth, p), units, [column, off], RESAMPLING)
+    assert found.worst[0].name == ("off", "yes")
+    assert found.num_worse > SHOWN
+    assert found.num_off < 3
+
+
 def test_columns_of_a_table_become_codes_numbers_and_moments():
     rows = pa.table(
         {

@@ -84,9 +84,11 @@ def _slices_tables(slices: Slices, chosen: str, confidence: float) -> tuple[Tabl
         (*_slice_row(one), _worse(one, confidence), _off(one, confidence)) for one in slices.worst
     )
     note = (
-        f"The {len(rows)} slices with the smallest p-values of {slices.num_tested} tested, "
-        f"one-sided and corrected over all by Holm's method. The interval is of one slice alone, "
-        f"from resamples of the units."
+        f"{len(rows)} of {slices.num_tested} slices tested: first those the model is off on, then "
+        f"by p-value, one-sided and corrected over all by Holm's method. The interval is of one "
+        f"slice alone, from resamples of the units. Expected there: by the model's own "
+        f"probabilities; off: significantly more is lost than that, so the rows are not just "
+        f"harder (Holm)."
     )
     return (Table(f"Slices on which {chosen} is worst", headings, rows, note),)
 
@@ -107,13 +109,13 @@ def _slice_row(one: Slice) -> tuple[Cell, ...]:
 
 
 def _worse(one: Slice, confidence: float) -> str:
-    return "yes" if one.p_holm <= 1 - confidence else "no"
+    return "yes" if one.is_worse(1 - confidence) else "no"
 
 
 def _off(one: Slice, confidence: float) -> str:
     if one.p_off is None:
         return ""
-    return "yes" if one.p_off <= 1 - confidence else "no"
+    return "yes" if one.is_off(1 - confidence) else "no"
 
 
 def _slices_charts(slices: Slices, confidence: float) -> tuple[Chart, ...]:

@@ -144,13 +144,14 @@ def check_single_columns(
     return Finding("leaks", target, "ok", f"No column is suspiciously good: {told}.", facts)
 
 
-def check_slices(model: str, found: Slices, num_rows: int, units: Units, alpha: float) -> Finding:
+def check_slices(model: str, found: Slices, num_rows: int, units: Units) -> Finding:
     """Say whether the model is worse on some slice, after Holm's correction over all of them."""
-    worse = [one for one in found.worst if one.p_holm <= alpha]
     facts = {
         "loss": found.loss,
         "correction": "holm",
         "num_tested": found.num_tested,
+        "num_worse": found.num_worse,
+        "num_off": found.num_off,
         "num_rows": num_rows,
         "unit": units.name,
         "num_units": units.count,
@@ -161,33 +162,30 @@ def check_slices(model: str, found: Slices, num_rows: int, units: Units, alpha: 
         reason = "; ".join(found.skipped.values()) or "there is no column to cut by"
         return Finding("slices", model, "unknown", f"Nothing was tested: {reason}.", facts)
     rows = rows_text(num_rows, "test rows", units)
-    if not worse:
+    if not found.num_worse:
         sentence = (
             f"On none of {found.num_tested} slices is the {found.loss} significantly larger than "
             f"elsewhere (Holm; {rows})."
         )
         return Finding("slices", model, "ok", sentence, facts)
-    many = f"{len(worse)} or more" if len(worse) == len(found.worst) else str(len(worse))
-    off = [one for one in worse if one.p_off is None or one.p_off <= alpha]
-    most = (off or worse)[0]
     told = (
-        f"On {many} of {found.num_tested} slices the {found.loss} is significantly larger than "
-        f"elsewhere (Holm; {rows}), most surely where {_slice_text(most)}"
+        f"On {found.num_worse} of {found.num_tested} slices the {found.loss} is significantly "
+        f"larger than elsewhere (Holm; {rows}), first where {_slice_text(found.worst[0])}"
     )
-    if not off:
+    if not found.num_off:
         sentence = (
             f"{told}; on none is it larger than the model's own probabilities say, so these rows "
             f"are harder, and the model knows it."
         )
         return Finding("slices", model, "ok", sentence, facts)
     advice = (
-        "See whether these rows are harder or the model is off there, and do not rely on the mean "
-        "of all rows for them."
-        if most.p_off is None
-        else f"The model is surer there than it should be, on {len(off)} of them: look for what "
-        f"differs there, and do not rely on the mean of all rows for them."
+        "See whether these rows are harder or the model is off there"
+        if found.worst[0].p_off is None
+        else f"On {found.num_off} of them more is lost than the model's own probabilities say: it "
+        f"is off there, so look for what differs"
     )
-    return Finding("slices", model, "warn", f"{told}. {advice}", facts)
+    sentence = f"{told}. {advice}; do not rely on the mean of all rows for them."
+    return Finding("slices", model, "warn", sentence, facts)
 
 
 def _slice_text(one: Slice) -> str:

@@ -61,17 +61,33 @@ class Slice:
     p_off: float | None
     difference: Interval | None = None
 
+    @property
+    def name(self) -> tuple[str, str]:
+        """Column and label."""
+        return self.column, self.label
+
+    def is_worse(self, alpha: float) -> bool:
+        """Whether the loss is larger than elsewhere."""
+        return self.p_holm <= alpha
+
+    def is_off(self, alpha: float) -> bool:
+        """Whether it is also larger than expected, if anything is."""
+        return self.is_worse(alpha) and (self.p_off is None or self.p_off <= alpha)
+
 
 @dataclass(frozen=True)
 class Slices:
-    """The slices with the smallest p-values, and how many were tested.
+    """The slices to look at first: those the model is off on, then those with small p-values.
 
-    ``skipped`` says of a column why none of its slices was tested.
+    Of ``num_tested`` slices ``num_worse`` are worse and ``num_off`` of these off. ``skipped`` says
+    of a column why none of its slices was tested.
     """
 
     loss: str
     worst: tuple[Slice, ...]
     num_tested: int
+    num_worse: int
+    num_off: int
     skipped: dict[str, str]
 
 
@@ -103,15 +119,22 @@ def find_slices(
             )
     corrected = holm([one.p_value for one, _ in found])
     off = holm([one.p_off for one, _ in found])
+    alpha = 1 - resampling.confidence
     ranked = sorted(
         (
             (replace(one, p_holm=p if p is not None else 1.0, p_off=q), is_in)
             for (one, is_in), p, q in zip(found, corrected, off, strict=True)
         ),
-        key=lambda pair: (pair[0].p_value, pair[0].column, pair[0].label),
-    )[:SHOWN]
-    worst = _with_intervals(ranked, rows, units, resampling)
-    return Slices(loss_name(sample.task), tuple(worst), len(found), skipped)
+        key=lambda pair: (not pair[0].is_off(alpha), pair[0].p_value, *pair[0].name),
+    )
+    return Slices(
+        loss_name(sample.task),
+        tuple(_with_intervals(ranked[:SHOWN], rows, units, resampling)),
+        len(ranked),
+        sum(one.is_worse(alpha) for one, _ in ranked),
+        sum(one.is_off(alpha) for one, _ in ranked),
+        skipped,
+    )
 
 
 def slice_json(one: Slice) -> dict[str, Any]:
