@@ -179,10 +179,11 @@ CHART = Chart("c", "title", "said </script>", ({"x": [1.23456789, float("nan")]}
 
 def test_sections_are_shown_with_their_tables_and_charts():
     """Escaped, with values to sort by; what is not there sorts last and reads as a dash."""
-    section = Section("extra", "Extra", ("a paragraph",), (TABLE,), (CHART,))
+    section = Section("extra", "Extra", ("a paragraph",), (TABLE,), (CHART,), "in short")
     page = render_report(ReportInputs([], SETTINGS, {}, None, (section,)))
     for said in (
         '<h2 id="run-extra">Extra</h2>',
+        '<dt><a href="#run-extra">Extra</a></dt><dd>in short</dd>',
         "<p>a paragraph</p>",
         "t &lt;1&gt;",
         '<td data-value="12345">12,345</td>',

@@ -31,6 +31,7 @@ def data_section(
         title="Is the data sound?",
         text=(f"{counted(findings)}. {note}",),
         tables=tuple(tables),
+        brief=counted(findings),
     )
 
 
@@ -47,6 +48,7 @@ def target_section(
             *_slices_tables(slices, chosen, confidence),
         ),
         charts=_slices_charts(slices, confidence),
+        brief=counted(findings),
     )
 
 

@@ -61,10 +61,14 @@ class Chart:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page; ``anchor`` is its address, ``text`` its paragraphs."""
+    """A part of the page; ``anchor`` is its address, ``text`` its paragraphs.
+
+    ``brief`` is what the first screen says of it, if it says anything.
+    """
 
     anchor: str
     title: str
     text: tuple[str, ...] = ()
     tables: tuple[Table, ...] = ()
     charts: tuple[Chart, ...] = ()
+    brief: str = ""

@@ -288,6 +288,7 @@ def _section_views(
         {
             "anchor": f"{prefix}-{section.anchor}",
             "title": section.title,
+            "brief": section.brief,
             "text": section.text,
             "tables": [
                 _table_view(table, f"{prefix}-{section.anchor}-table-{number}")
