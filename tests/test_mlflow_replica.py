@@ -227,14 +227,19 @@ def test_reused_stages_link_to_the_run_that_made_them(project: Path) -> None:
     first = tell_a_run(project)
     second = open_run(journal_of(project), kind="repro")
     second.state(lineage="m" * 64, stage_keys={}, unchanged={"train@catboost": first.run_id})
-    second.results(RESULTS, tied_with_best={"late": ["catboost"]})
+    delay = {"catboost": {"rmse": {"value": 2.0, "ci_low": 1.0, "ci_high": 3.0}}}
+    second.results(
+        {**RESULTS, "delay": delay}, tied_with_best={"late": ["catboost"], "delay": ["stack"]}
+    )
     second.close("finished")
     send(project)
 
     reused = next(e for e in stored(project) if e["name"] == "train@catboost (reused)")
     assert reused["params"] == {"depth": "6", "loss": "Logloss"}
     assert reused["metrics"]["loss"][0][0] == 1 / 3
-    assert reused["metrics"]["roc_auc"][0][0] == 0.9213
+    assert reused["metrics"]["late/roc_auc"][0][0] == 0.9213  # of several targets, each named
+    assert reused["metrics"]["delay/rmse_ci_low"][0][0] == 1.0
+    assert reused["tags"]["tied_with_best"] == "late"
     assert reused["tags"]["parent"] == second.run_id
     assert (
         f"reused from run [{first.run_id}](#/experiments/" in reused["tags"]["mlflow.note.content"]
