@@ -9,9 +9,10 @@ import headrace.data.predictions as predictions_module
 from headrace.data.alignment import measure, read_share, stream_aligned
 from headrace.data.predictions import read_predictions
 from headrace.data.table import Table, open_table
-from headrace.data.truth import line_up, read_truth
+from headrace.data.truth import label_bytes, line_up, read_truth
 from headrace.errors import DataError, IntegrityError
 from headrace.schema import read_contract
+from headrace.storage import digest_bytes
 from tests.evaluation_case import CARRIER, LATE, Case
 
 KEY = "evaluate.unit"
@@ -60,6 +61,7 @@ def test_rows_come_as_if_read_at_once(case, unit, target):
     )
     size = measure(table, "test", unit=unit, key=KEY)
     assert (size.digest, size.unit, size.rows.num_rows) == (truth.digest, truth.unit, 600)
+    assert size.label_digest[target.name] == digest_bytes(label_bytes(truth, target.name))
     assert size.rows.num_units == len(np.unique(truth.unit_of_row))
     assert size.labelled[target.name].num_rows == is_labelled.sum()
     assert size.labelled[target.name].num_units == num_units
