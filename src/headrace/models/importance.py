@@ -99,9 +99,7 @@ def permutation_importances(
         copies = [
             with_rows_of(rows.inputs, columns, order) for (_, columns), (_, order) in together
         ]
-        # A replaced column may hold nulls, so schemas differ in what they declare.
-        rows_of_all = pa.concat_tables(copies, promote_options="default")
-        parts = in_parts(predict(rows_of_all), len(copies))
+        parts = in_parts(predict(pa.concat_tables(copies)), len(copies))
         for ((k, _), (r, _)), values in zip(together, parts, strict=True):
             for target, loss in row_losses(values, rows.labels, judged).items():
                 growth[target][r, :, k] = loss - whole[target]
