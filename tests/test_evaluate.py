@@ -164,6 +164,22 @@ def test_every_pair_of_models_is_tested_and_ties_are_told(done):
     assert {path.name for path, _ in recorder.files} >= {"pairs.csv", "comparison.json"}
 
 
+def test_each_class_has_its_metrics(done):
+    """By label and model in JSON, and a part of the report; a number has none."""
+    _, _, out, _ = done
+    targets = _targets(out)
+    late = targets["late"]
+    assert set(late["classes"]) == {"no", "yes"}
+    assert set(targets["carrier"]["classes"]) == {"AA", "BB", "CC"}
+    assert "classes" not in targets["delay"]
+    for model, metrics in late["models"].items():
+        yes = late["classes"]["yes"]["models"][model]
+        for name in ("precision", "recall", "f1"):
+            for key in ("value", "ci_low", "ci_high"):
+                assert yes[name][key] == metrics[name][key]
+    assert "Each class" in (out / "report.html").read_text()
+
+
 def _targets(out):
     return read_json(out / "comparison.json")["targets"]
 

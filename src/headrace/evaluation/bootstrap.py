@@ -32,12 +32,14 @@ from headrace.evaluation.metrics import (
     MetricName,
     Sample,
     Terms,
+    class_sums,
     combine,
     point_values,
     prepare,
 )
 from headrace.kernels.bootstrap import draw_counts, rank_influence, rank_once, resample
 from headrace.kernels.ranks import RankPair, rank_correlations
+from headrace.schema import Task
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 IntervalMethod = Literal["percentile", "basic", "bca"]
@@ -159,12 +161,15 @@ class Scored:
 
     ``influence`` is what each unit adds to a metric (U,), where bca intervals were asked for and
     it is known. ``no_interval`` says why a metric has no interval, for those that have none.
+    ``classes`` are hits, true and predicted weight of each class, (3, C) of the rows and (B, 3, C)
+    of the resamples; None of a target without classes, or where one metric alone was asked for.
     """
 
     points: Mapping[MetricName, float]
     resamples: Mapping[MetricName, Floats]
     influence: Mapping[MetricName, Floats] = field(default_factory=dict)
     no_interval: Mapping[MetricName, str] = field(default_factory=dict)
+    classes: tuple[Floats, Floats] | None = None
 
 
 def bootstrap(
@@ -202,6 +207,7 @@ def bootstrap(
         {metric.name: resamples.get(metric.name, nothing) for metric in metrics},
         {metric.name: added[metric.name] for metric in metrics if metric.name in added},
         {metric.name: metric.no_interval for metric in metrics if metric.no_interval},
+        None if only else sums_of_classes(terms.task, terms.columns_KN.sum(axis=1), sums_BK),
     )
 
 
@@ -327,6 +333,14 @@ def sums_per_unit(columns_KN: Floats, units: Units) -> Floats:
     return np.stack(
         [np.bincount(units.of_row, weights=c, minlength=units.count) for c in columns_KN]
     )
+
+
+def sums_of_classes(task: Task, sums_K: Floats, sums_BK: Floats) -> tuple[Floats, Floats] | None:
+    """Return ``Scored.classes`` out of the sums of the rows and of the resamples."""
+    of_rows, of_resamples = class_sums(task, sums_K), class_sums(task, sums_BK)
+    if of_rows is None or of_resamples is None:
+        return None
+    return of_rows, of_resamples.copy()  # without it the sums of all metrics would stay
 
 
 def bytes_needed(num_rows: int, num_outputs: int, *, method: IntervalMethod = "percentile") -> int:

@@ -30,6 +30,7 @@ BuiltinMetric = Literal[
     "macro_precision", "macro_recall", "macro_f1", "macro_roc_auc",
 ]  # fmt: skip
 MetricName: TypeAlias = str  # a built-in one, or one of ``evaluate.user_metrics``
+_CLASS_COLUMNS = 4  # of a multiclass target's sums before those of each class
 _NUM_BINS = 15  # of probabilities, for the calibration error
 
 
@@ -281,6 +282,20 @@ def combine(task: Task, sums: Floats, ranks: Floats) -> dict[MetricName, Floats]
         return _class_metrics(sums, ranks)
 
 
+def class_sums(task: Task, sums: Floats) -> Floats | None:
+    """Return hits, true and predicted weight of each class, (..., 3, C), out of sums (..., K).
+
+    None of a target without classes.
+    """
+    if task == "regression":
+        return None
+    if task == "multiclass":
+        return sums[..., _CLASS_COLUMNS:].reshape(*sums.shape[:-1], 3, -1)
+    hit, false_alarm, miss, rest = _columns(sums[..., -4:])
+    of_classes = [[rest, hit], [rest + false_alarm, hit + miss], [rest + miss, hit + false_alarm]]
+    return np.stack([np.stack(pair, axis=-1) for pair in of_classes], axis=-2)
+
+
 def point_values(terms: Terms, num_units: int) -> dict[MetricName, float]:
     """Return every metric on the rows themselves; NaN where it is not defined."""
     ranks = [rank_once(ranking, num_units) for ranking in terms.rankings]
@@ -391,11 +406,9 @@ def _class_terms(sample: Sample) -> list[Floats]:
 
 
 def _class_metrics(sums: Floats, ranks: Floats) -> dict[MetricName, Floats]:
-    weight, log_loss, brier, correct = _columns(sums[..., :4])
-    num_classes = (sums.shape[-1] - 4) // 3
-    hit, in_truth, in_prediction = (
-        sums[..., 4 + i * num_classes : 4 + (i + 1) * num_classes] for i in range(3)
-    )
+    weight, log_loss, brier, correct = _columns(sums[..., :_CLASS_COLUMNS])
+    of_classes = sums[..., _CLASS_COLUMNS:].reshape(*sums.shape[:-1], 3, -1)
+    hit, in_truth, in_prediction = (of_classes[..., i, :] for i in range(3))
     num_present = (in_truth + in_prediction > 0).sum(axis=-1)
     recall = _share(hit, in_truth)
     is_true = in_truth > 0

@@ -20,7 +20,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from headrace.evaluation.bootstrap import Resampling, Scored
+from headrace.evaluation.bootstrap import Resampling, Scored, sums_of_classes
 from headrace.evaluation.metrics import METRICS, MetricName, Sample, combine, row_terms
 from headrace.kernels.poisson import LANE, Folds, one_count, rank_error, ranks_of
 from headrace.schema import Task
@@ -89,7 +89,8 @@ def stream_bootstrap(
                 folds.add(part.unit_key, columns_KN, cells_RN, weight, pool)
             sums.append(folds.sums_BK)
             ranks.append(folds.ranks_BR2(is_tied_RT))
-    resamples = combine(task, np.concatenate(sums), np.concatenate(ranks))
+    sums_BK = np.concatenate(sums)
+    resamples = combine(task, sums_BK, np.concatenate(ranks))
     values = {name: float(value) for name, value in combine(task, *points).items()}
     metrics = [metric for metric in METRICS[task] if metric.name in values]
     missing = {metric.name: NEEDS_ROWS for metric in METRICS[task] if metric.name not in values}
@@ -99,6 +100,7 @@ def stream_bootstrap(
         {metric.name: resamples.get(metric.name, nothing) for metric in METRICS[task]},
         no_interval=missing
         | {metric.name: metric.no_interval for metric in metrics if metric.no_interval},
+        classes=sums_of_classes(task, points[0], sums_BK),
     )
     return Streamed(scored, error)
 

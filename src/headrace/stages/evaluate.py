@@ -35,6 +35,12 @@ from headrace.evaluation.bootstrap import (
     bytes_needed,
     require_resamples,
 )
+from headrace.evaluation.classes import (
+    ClassScores,
+    classes_json,
+    classes_section,
+    score_classes,
+)
 from headrace.evaluation.comparison import (
     Comparison,
     all_pairs,
@@ -335,6 +341,7 @@ class _Judgement:
     scored: Mapping[str, Scored]
     charts: Sequence[Chart]
     points: Points
+    classes: Sequence[ClassScores]  # of every model
     error_bound: Mapping[str, Mapping[MetricName, float]] = field(default_factory=dict)
 
 
@@ -423,7 +430,8 @@ def _judge_target(
     )
     charts = interval_charts(comparison, scored, confidence=params.confidence) + charts
     worst = worst_rows(samples[comparison.chosen], truth.row_id[is_labelled])
-    return _Judgement(worst, comparison, scored, charts, points)
+    classes = score_classes(scored, target, labelled_units, resampling)
+    return _Judgement(worst, comparison, scored, charts, points, classes)
 
 
 def _judge_stream(
@@ -494,7 +502,8 @@ def _judge_stream(
     charts = interval_charts(comparison, scored, confidence=params.confidence) + charts
     chosen = read(folders[comparison.chosen])
     worst = worst_of((_sample(target, rows, params), rows.row_id) for rows in chosen)
-    return _Judgement(worst, comparison, scored, charts, points, bounds)
+    classes = score_classes(scored, target, units, resampling)
+    return _Judgement(worst, comparison, scored, charts, points, classes, bounds)
 
 
 def _metrics(target: Target, user_metrics: Sequence[UserMetric]) -> list[Metric]:
@@ -548,6 +557,7 @@ def _write(
             "targets": {
                 one.comparison.target: comparison_json(one.comparison)
                 | {"label_digest": test.label_digest[one.comparison.target]}
+                | ({"classes": classes_json(one.classes)} if one.classes else {})
                 | _bounds_json(one)
                 for one in judged
             },
@@ -568,7 +578,7 @@ def _write(
             one.comparison,
             selection[one.comparison.target],
             one.charts,
-            _target_sections(one.comparison, source.contract, interpreted, errors, checks),
+            _target_sections(one, source.contract, interpreted, errors, checks),
         )
         for one in judged
     ]
@@ -599,16 +609,19 @@ def _errors(
 
 
 def _target_sections(
-    comparison: Comparison,
+    one: _Judgement,
     contract: Contract,
     interpreted: Interpretation | None,
     errors: Mapping[str, Any],
     checks: Checks,
 ) -> list[PageSection]:
     """Return what the report says of one target below its charts."""
+    comparison = one.comparison
     target = contract.target(comparison.target)
+    of_classes = classes_section(comparison, one.classes)
     sections = [
         pair_section(comparison),
+        *([of_classes] if of_classes else []),
         checks.target_section(target.name, comparison.chosen, comparison.confidence),
     ]
     if interpreted:
