@@ -144,7 +144,7 @@ def print_compared(found: Sequence[Compared], console: Console) -> None:
         console.print(_values_table(one, num_metrics), highlight=False)
         if one.pairs:
             console.print(_pairs_table(one), highlight=False)
-        for line in [*_noise_sentences(one), *one.warnings]:
+        for line in [*_noise_sentences(title, one.entries, one.noise), *one.warnings]:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -162,12 +162,18 @@ def seed_sentences(project: Project) -> list[str]:
     if len(told) < 2:
         return []
     newest, *_ = told = _tell_apart(told)
-    return [
-        f"{target}: {line}"
-        for target in newest.content["targets"]
-        if all(target in run.content["targets"] for run in told)
-        for line in _noise_sentences(_compare(told, target, None), only=newest.name)
-    ]
+    lines = []
+    for target, content in newest.content["targets"].items():
+        primary = content["primary"]
+        runs = [run for run in told if primary in _names(run.content["targets"].get(target, {}))]
+        metrics = _metrics(runs, target)
+        entries = _entries(runs, target, metrics)
+        own = [one for one in entries if newest.name in one.runs]
+        noise = _noise(entries, primary)
+        lines += [
+            f"{target}: {line}" for line in _noise_sentences(metrics[primary]["title"], own, noise)
+        ]
+    return lines
 
 
 def _told(project: Project, name: str) -> Told:
@@ -275,11 +281,7 @@ def _require_same_rows(runs: Sequence[Told]) -> None:
 def _compare(runs: Sequence[Told], target: str, metric: str | None) -> Compared:
     content = runs[0].content
     entry = content["targets"][target]
-    metrics = {
-        one["name"]: one
-        for one in entry["metrics"]
-        if all(one["name"] in _names(run.content["targets"][target]) for run in runs)
-    }
+    metrics = _metrics(runs, target)
     primary = metric or entry["primary"]
     if primary not in metrics:
         raise ConfigError(
@@ -307,8 +309,15 @@ def _compare(runs: Sequence[Told], target: str, metric: str | None) -> Compared:
     )
 
 
+def _metrics(runs: Sequence[Told], target: str) -> dict[str, Mapping[str, Any]]:
+    """Return the metrics that all runs have, as the first one describes them."""
+    first, *others = (run.content["targets"][target] for run in runs)
+    shared = set.intersection(_names(first), *map(_names, others))
+    return {one["name"]: one for one in first["metrics"] if one["name"] in shared}
+
+
 def _names(entry: Mapping[str, Any]) -> set[str]:
-    return {one["name"] for one in entry["metrics"]}
+    return {one["name"] for one in entry.get("metrics", ())}
 
 
 def _entries(
@@ -486,18 +495,14 @@ def _remarks(pair: Pair, found: Compared, by_name: Mapping[str, Entry]) -> list[
     return said
 
 
-def _noise_sentences(found: Compared, *, only: str | None = None) -> list[str]:
-    """Say the spread over seeds of each model; of those of the run called ``only``, if given."""
-    title = found.metrics[found.primary]["title"]
-    spreads: dict[str, list[SeedNoise]] = {}
-    for one in found.entries:
-        noise = found.noise.get(one.name)
-        if noise and only in (None, *one.runs):
-            spreads.setdefault(one.model, []).append(noise)
+def _noise_sentences(
+    title: str, entries: Sequence[Entry], noise: Mapping[str, SeedNoise]
+) -> list[str]:
+    """Say the spread over seeds of each model that has replicates."""
+    spreads = dict.fromkeys((one.model, noise[one.name]) for one in entries if one.name in noise)
     return [
-        f"{model}: {title} over {noise.num_seeds} seeds has a standard deviation of "
-        f"{noise.deviation:.3g} (from {noise.low:.4g} to {noise.high:.4g}), which its interval "
-        f"does not hold; a gain of less than {noise.reach:.3g} is inside seed noise"
-        for model, group in spreads.items()
-        for noise in dict.fromkeys(group)
+        f"{model}: {title} over {spread.num_seeds} seeds has a standard deviation of "
+        f"{spread.deviation:.3g} (from {spread.low:.4g} to {spread.high:.4g}), which its interval "
+        f"does not hold; a gain of less than {spread.reach:.3g} is inside seed noise"
+        for model, spread in spreads
     ]
