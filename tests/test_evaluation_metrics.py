@@ -1,5 +1,7 @@
 """Point values equal scikit-learn's, with ties and weights; the undefined is NaN, never 0."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import sklearn.metrics as sk
@@ -9,6 +11,8 @@ from scipy.stats import spearmanr
 
 from headrace.evaluation.bootstrap import Resampling, Units, bootstrap, counts
 from headrace.evaluation.metrics import METRICS, Sample, metric_of, point_values, prepare, score
+
+PAGE = Path(__file__).parents[1] / "docs" / "metrics.md"
 
 
 def values(sample, threshold=0.5):
@@ -240,3 +244,16 @@ def test_each_resample_has_the_value_of_its_counts_as_weights(task, unit, weight
             assert value == pytest.approx(expected[name], abs=1e-9, nan_ok=True), name
     for name, resamples in found.items():
         assert np.array_equal(again.resamples[name], resamples, equal_nan=True)
+
+
+@pytest.mark.parametrize("task", list(METRICS))
+def test_the_page_of_metrics_says_what_the_code_says(task):
+    """docs/metrics.md: a line for each metric of each task, in the same words."""
+    _, _, after = PAGE.read_text(encoding="utf-8").partition(f"(`{task}`)")
+    lines = [line for line in after.partition("##")[0].splitlines() if line.startswith("| `")]
+    expected = [
+        f"| `{m.name}` | {'higher' if m.higher_is_better else 'lower'} "
+        f"| {m.meaning.replace('|', chr(92) + '|')} | {m.undefined or '–'} |"
+        for m in METRICS[task]
+    ]
+    assert lines == expected

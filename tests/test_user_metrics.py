@@ -1,7 +1,11 @@
 """Metrics of one's own: as good as any other, and each way to fail has its message."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from headrace.errors import ConfigError
@@ -15,6 +19,7 @@ from headrace.evaluation.user_metrics import (
 )
 from headrace.params import Resources
 from headrace.record import MemoryRecorder
+from headrace.schema import Target
 from headrace.stages.evaluate import EvaluateParams, evaluate
 from headrace.stages.stack import StackParams, stack
 from headrace.storage import read_json
@@ -207,3 +212,18 @@ def test_entries_that_cannot_be_are_refused(metrics, message):
     """A taken name, an odd one, no function, no direction, a file outside the project."""
     with pytest.raises(ValidationError, match=message):
         EvaluateParams(user_metrics=metrics)
+
+
+def test_the_example_of_the_page_works(tmp_path):
+    """The function and the section of docs/metrics.md, as they stand there."""
+    page = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    _, _, after = page.partition("## A metric of your own")
+    code, section = re.findall(r"```(?:python|yaml)\n(.+?)```", after, flags=re.DOTALL)
+    (tmp_path / "metrics.py").write_text(code)
+    params = EvaluateParams(**yaml.safe_load(section)["evaluate"])
+    target = Target(name="arr_delay", task="regression")
+    (metric,) = load_user_metrics(tmp_path, params.user_metrics, [target])["arr_delay"]
+
+    found = metric.function(np.array([10.0, 10.0]), np.array([8.0, 14.0]), np.array([1.0, 3.0]))
+    assert found == pytest.approx((6 + 3 * 4) / 4)
+    assert metric.metric.meaning.startswith("Mean cost: ")
