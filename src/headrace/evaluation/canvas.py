@@ -1,8 +1,6 @@
-"""What every figure is drawn on: the same bytes for the same numbers, on white and on black.
+"""What every figure is drawn on: the same bytes for the same numbers.
 
-Figures are drawn once with a stand-in for ink. A file of its own gets dark ink on white paper; in
-the report the ink is ``currentColor``, so it follows the page, light or dark. Text stays text: it
-is crisp, can be searched, and no font outlines depend on what is installed.
+Text stays text: it is crisp, can be searched, and no font outlines depend on what is installed.
 """
 
 import io
@@ -10,6 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,8 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
 
-WIDE, NARROW = 9.6, 4.8  # inches; a page is one wide or two narrow figures across
-INK = "#010203"  # stands for the colour of text and lines; no other element uses it
+WIDE = 9.6  # inches
+INK = "#1b1f24"  # of text and lines
 COLOURS = ("#3f86c9", "#d9822b", "#3f9e63", "#b25aa0", "#937040", "#6a6fd8", "#c85250", "#188c9c")
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -47,30 +46,22 @@ _STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure: its SVG with stand-in ink, a title, and what it shows in words.
+    """One figure: its SVG, a title, and what it shows in words.
 
-    ``name`` is the name of its file and part of its ids in a page.
+    ``name`` is the name of its file.
     """
 
     name: str
     title: str
     alternative: str
     svg: str
-    is_wide: bool = False  # as wide as the page
 
     def file_text(self) -> str:
-        """Return the SVG as a file of its own: dark ink on white."""
+        """Return the SVG as a file: on white, with its title and words for who cannot see it."""
         paper = '<rect width="100%" height="100%" fill="#ffffff"/>'
+        words = f"<title>{escape(self.title)}</title><desc>{escape(self.alternative)}</desc>"
         head, body = self.svg.split(">", 1)
-        return f"{head}>{paper}{body}".replace(INK, "#1b1f24") + "\n"
-
-    def inline_text(self) -> str:
-        """Return the SVG for a page: ink of the page, ids unlike those of other figures."""
-        svg = self.svg.replace(INK, "currentColor")
-        svg = re.sub(r'\bid="', f'id="{self.name}-', svg)
-        svg = re.sub(r"url\(#", f"url(#{self.name}-", svg)
-        svg = re.sub(r'href="#', f'href="#{self.name}-', svg)
-        return svg.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)
+        return f"{head}>{words}{paper}{body}\n"
 
 
 @contextmanager
@@ -103,9 +94,9 @@ def svg_of(figure: "Canvas") -> str:
     svg = svg[svg.index("<svg") :]  # without the XML head and its document type
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
-    # Sizes come from the page; the view box keeps the shape.
+    # Sizes come from the viewer; the view box keeps the shape.
     svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
-    # Fonts of the page in the report, of the viewer elsewhere.
+    # Fonts come from the viewer too.
     return re.sub(r"font: ([\d.]+px)[^;\"]*", r"font: \1 system-ui, sans-serif", svg)
 
 
@@ -113,8 +104,3 @@ def legend(ax: "Axes", **place: Any) -> None:
     """Draw a legend where there is something to tell apart."""
     if ax.get_legend_handles_labels()[0]:
         ax.legend(**place)
-
-
-def colour(number: int) -> str:
-    """Return the colour of the line or model with this number."""
-    return COLOURS[number % len(COLOURS)]

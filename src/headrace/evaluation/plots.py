@@ -45,7 +45,6 @@ def forest(comparison: Comparison, *, confidence: float) -> Figure:
         f"Diamond and dotted line: chosen. Blue: tied with it; orange: worse; green: "
         f"better. {primary.title}: {values}",
         svg,
-        is_wide=True,
     )
 
 
@@ -74,7 +73,6 @@ def differences(comparison: Comparison, *, confidence: float) -> Figure:
         f"{comparison.target}: difference to {comparison.chosen}, {confidence:.0%} intervals",
         f"Each model minus {comparison.chosen} on the same resamples. {primary.title}: {verdicts}",
         svg,
-        is_wide=True,
     )
 
 

@@ -124,7 +124,6 @@ def masks_figure(explanation: "Explanation") -> Figure:
         f"Where each step looked, in {masks_SBK.shape[1]} rows",
         f"The darker, the more of a step's attention. Over all steps and rows: {said}",
         svg,
-        is_wide=True,
     )
 
 
@@ -153,7 +152,6 @@ def correlations_figure(
         "Correlation of attention with the prediction",
         said + (f"; not drawn: {left_out} more" if left_out else ""),
         svg,
-        is_wide=True,
     )
 
 

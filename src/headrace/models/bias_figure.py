@@ -100,7 +100,6 @@ def _figure(title: str, ends: Mapping[str, Sequence[tuple[str, float]]]) -> Figu
         f"{title}: highest and lowest biases",
         f"The {_SHOWN} highest and lowest labels of each category. {said}.",
         svg,
-        is_wide=True,
     )
 
 

@@ -39,7 +39,6 @@ def learning_curves(parts: Sequence[LearningCurves], *, kept_epoch: int, verdict
         f"Learning curves: {verdict}",
         f"Dotted line: epoch {kept_epoch}, whose weights were kept. Held-back rows there: {kept}",
         svg,
-        is_wide=True,
     )
 
 
