@@ -84,7 +84,7 @@ def test_models_of_two_runs_are_paired_and_sorted(two):
     assert values == sorted(values, reverse=True)
     pair = next(p for p in found.pairs if {p.first, p.second} == {"sharp 0001", "sharp 0002"})
     assert pair.p_holm < 0.05
-    assert "sharp 0002" not in found.tied
+    assert found.ranks["sharp 0002"] == "worse"
     text = printed([found])
     assert "late: 600 test rows in 30 days, 95 % intervals; best first by ROC-AUC" in text
     assert "unpaired" not in text

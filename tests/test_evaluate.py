@@ -155,7 +155,7 @@ def test_every_pair_of_models_is_tested_and_ties_are_told(done):
     assert late["best"] in late["tied_with_best"]
     assert set(late["pairs"]) == set(late["models"]["plain"])
     ranks = {row.model: row.rank for row in evaluated.rows if row.target == "late"}
-    assert ranks["plain"] == ""
+    assert ranks["plain"] == "worse"
     assert ranks[late["best"]] == "best"
     assert any("| worse | worse |" in note for note in recorder.notes)
     assert "Every pair of models" in (out / "report.html").read_text()
@@ -430,6 +430,8 @@ def test_one_day_gives_values_without_intervals(tmp_path):
     assert found["value"] is not None
     assert found["ci_low"] is None
     assert found["reason"] == "1 day: a 95 % interval needs at least 4"
+    ranks = _targets(out)["delay"]["ranks"]
+    assert sorted(ranks.values()) == ["best", "untested", "untested"]
     assert found["verdict"] in ("chosen", "unknown")
 
 

@@ -17,6 +17,7 @@ from headrace.evaluation.pairs import (
     best_of,
     compare_pairs,
     holm,
+    ranks,
     resamples_needed,
     smallest_detectable,
     tied_with,
@@ -170,8 +171,10 @@ def test_ties_are_those_whose_corrected_test_does_not_reject():
         Pair("a", "d", NOTHING, None, None, None),
         Pair("b", "c", NOTHING, 0.9, 0.9, 1.0),
     )
-    assert tied_with("a", "abcd", pairs, 0.05) == ["a", "c"]
-    assert tied_with("a", "abcd", pairs, 0.01) == ["a", "b", "c"]
+    found = ranks("a", "abcd", pairs, 0.05)
+    assert found == {"a": "best", "b": "worse", "c": "tied", "d": "untested"}
+    assert tied_with(found) == ["a", "c"]
+    assert ranks("a", "abcd", pairs, 0.01)["b"] == "tied"
 
 
 def test_the_best_is_by_value_and_direction():

@@ -125,7 +125,7 @@ def write_comparison(project: Project) -> None:
                         "stack": metric(0.7, "chosen"),
                     },
                     "best": "stack",
-                    "tied_with_best": ["nn", "stack"],
+                    "ranks": {"baseline": "worse", "nn": "tied", "stack": "best"},
                     "pairs": {
                         "auc": [
                             {"first": "nn", "second": "stack", "smallest_detectable": 0.0123},

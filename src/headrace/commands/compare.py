@@ -29,11 +29,12 @@ from headrace.errors import ConfigError, DataError, nearest
 from headrace.evaluation.bootstrap import Interval, IntervalMethod, Resampling, Scored, Units
 from headrace.evaluation.pairs import (
     Pair,
+    Rank,
     best_of,
     compare_pairs,
     corrected,
+    ranks,
     resamples_needed,
-    tied_with,
     unpaired,
 )
 from headrace.evaluation.resamples import RESAMPLES, read_resamples
@@ -97,7 +98,7 @@ class Compared:
     units: str
     entries: tuple[Entry, ...]
     pairs: tuple[Pair, ...]
-    tied: tuple[str, ...]  # names: the best, and those tied with it
+    ranks: Mapping[str, Rank]  # by name; empty where no entry has a value
     noise: Mapping[str, SeedNoise] = field(default_factory=dict)  # name of an entry → its group's
     warnings: tuple[str, ...] = ()
 
@@ -303,7 +304,7 @@ def _compare(runs: Sequence[Told], target: str, metric: str | None) -> Compared:
         units="" if entry["unit"] == "row" else f" in {entry['num_units']:,} {entry['unit']}s",
         entries=tuple(entries),
         pairs=pairs,
-        tied=tuple(tied_with(best, points, pairs, 1 - confidence)) if best else (),
+        ranks=ranks(best, points, pairs, 1 - confidence) if best else {},
         noise=_noise(entries, primary),
         warnings=tuple(_warnings(runs, entries, confidence)),
     )
@@ -451,13 +452,12 @@ def _values_table(found: Compared, num_metrics: int) -> Table:
     for name in ordered:
         table.add_column(found.metrics[name]["title"], justify="right")
     table.add_column("against the best")
-    for number, one in enumerate(found.entries):
+    for one in found.entries:
         cells = [
             interval_text(one.values[n].value, one.values[n].low, one.values[n].high)
             for n in ordered
         ]
-        rank = "tied" if one.name in found.tied else "worse"
-        table.add_row(one.name, *cells, "best" if number == 0 and found.tied else rank)
+        table.add_row(one.name, *cells, found.ranks.get(one.name, "untested"))
     return table
 
 

@@ -23,7 +23,7 @@ class Result:
     low: float | None
     high: float | None
     verdict: str  # chosen, tied, better, worse, unknown
-    rank: str  # best, tied (with the best, all pairs tested), or empty
+    rank: str  # best, tied (with the best, all pairs tested), worse, untested
     detectable: float | None  # smallest difference to the best that these rows would find
     unit: str
     num_units: int
@@ -89,12 +89,6 @@ def looks_sentence(project: Project) -> str:
     return f"test rows of this split looked at: {'once' if count == 1 else f'{count} times'}"
 
 
-def _rank(entry: Any, model: str) -> str:
-    if model == entry["best"]:
-        return "best"
-    return "tied" if model in entry["tied_with_best"] else ""
-
-
 def _detectable(entry: Any, model: str) -> float | None:
     for pair in entry["pairs"][entry["primary"]]:
         if {pair["first"], pair["second"]} == {model, entry["best"]}:
@@ -113,7 +107,7 @@ def _result(target: str, entry: Any, primary: Any, model: str) -> Result:
         low=one.get("ci_low"),
         high=one.get("ci_high"),
         verdict=one["verdict"],
-        rank=_rank(entry, model),
+        rank=entry["ranks"][model],
         detectable=_detectable(entry, model),
         unit=entry["unit"],
         num_units=entry["num_units"],

@@ -66,14 +66,14 @@ def _cost_table(costs: Sequence[Cost], budget: int) -> Table:
 
 def _result_table(own: Sequence[Result]) -> Table:
     table = Table()
-    table.add_column("model")
-    table.add_column("value [interval]", justify="right")
+    table.add_column("model", no_wrap=True)
+    table.add_column(r"value \[interval]", justify="right", no_wrap=True)
     table.add_column("against the chosen")
     table.add_column("against the best")
-    table.add_column("smallest detectable difference to it", justify="right")
+    table.add_column("smallest detectable", justify="right")
     for one in own:
         detectable = "" if one.detectable is None else f"{one.detectable:.3g}"
-        table.add_row(one.model, one.interval, one.verdict, one.rank or "worse", detectable)
+        table.add_row(one.model, one.interval, one.verdict, one.rank, detectable)
     return table
 
 

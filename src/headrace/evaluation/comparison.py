@@ -22,7 +22,7 @@ from headrace.evaluation.bootstrap import (
     estimate,
 )
 from headrace.evaluation.metrics import Metric, MetricName
-from headrace.evaluation.pairs import Pair, best_of, compare_pairs, tied_with
+from headrace.evaluation.pairs import Pair, Rank, best_of, compare_pairs, ranks, tied_with
 from headrace.schema import Task
 
 Verdict = Literal["chosen", "tied", "better", "worse", "unknown"]
@@ -85,12 +85,16 @@ class Comparison:
         return best_of(points, higher_is_better=self.primary_metric.higher_is_better)
 
     @property
+    def ranks(self) -> dict[str, Rank]:
+        """Where each model stands against the best; all untested if there is none."""
+        if self.best is None:
+            return dict.fromkeys(self.models, "untested")
+        return ranks(self.best, self.models, self.pairs[self.primary], 1 - self.confidence)
+
+    @property
     def tied_with_best(self) -> list[str]:
         """The best model, and those that the test rows cannot tell from it."""
-        if self.best is None:
-            return []
-        primary = self.pairs[self.primary]
-        return tied_with(self.best, self.models, primary, 1 - self.confidence)
+        return tied_with(self.ranks)
 
     def of(self, model: str, metric: MetricName) -> Judged:
         """Return one model's metric."""
@@ -168,6 +172,7 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
         ],
         "models": models,
         "best": comparison.best,
+        "ranks": comparison.ranks,
         "tied_with_best": comparison.tied_with_best,
         "pairs": {
             name: [_pair_json(pair) for pair in pairs] for name, pairs in comparison.pairs.items()

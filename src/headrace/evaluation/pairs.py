@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,8 @@ from headrace.evaluation.bootstrap import Interval, Resampling, Scored, Units, d
 from headrace.evaluation.metrics import MetricName
 
 Floats: TypeAlias = npt.NDArray[np.float64]
+
+Rank = Literal["best", "tied", "worse", "untested"]
 
 POWER = 0.8
 
@@ -87,21 +89,25 @@ def corrected(pairs: Iterable[Pair]) -> tuple[Pair, ...]:
     return tuple(replace(pair, p_holm=p) for pair, p in zip(given, adjusted, strict=True))
 
 
-def tied_with(best: str, models: Iterable[str], pairs: Sequence[Pair], alpha: float) -> list[str]:
-    """Return the models, ``best`` included, whose test against ``best`` does not reject.
+def ranks(best: str, models: Iterable[str], pairs: Sequence[Pair], alpha: float) -> dict[str, Rank]:
+    """Return where each model stands against ``best``, by its corrected test.
 
-    A model without a test is not among them: nothing says that it is as good.
+    Tied: the test does not reject. A model without a test is untested, not tied: nothing says that
+    it is as good.
     """
     against = {
         (pair.second if pair.first == best else pair.first): pair.p_holm
         for pair in pairs
         if pair.has(best)
     }
-    return [
-        model
-        for model in models
-        if model == best or ((p := against.get(model)) is not None and p > alpha)
-    ]
+    return {
+        model: "best" if model == best else _rank(against.get(model), alpha) for model in models
+    }
+
+
+def tied_with(found: Mapping[str, Rank]) -> list[str]:
+    """Return the best model and those tied with it."""
+    return [model for model, rank in found.items() if rank in ("best", "tied")]
 
 
 def best_of(points: Mapping[str, float | None], *, higher_is_better: bool) -> str | None:
@@ -160,6 +166,12 @@ def resamples_needed(num_models: int, confidence: float) -> int:
     """
     num_pairs = math.comb(num_models, 2)
     return max(0, math.ceil(round(2 * num_pairs / (1 - confidence), 6)) - 1)
+
+
+def _rank(p_value: float | None, alpha: float) -> Rank:
+    if p_value is None:
+        return "untested"
+    return "tied" if p_value > alpha else "worse"
 
 
 def _pair(

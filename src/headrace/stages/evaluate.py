@@ -61,7 +61,7 @@ from headrace.evaluation.metrics import METRICS, Metric, MetricName, Sample
 from headrace.evaluation.page import Chart
 from headrace.evaluation.page import Section as PageSection
 from headrace.evaluation.pair_section import PAIRS, pair_section, pairs_csv
-from headrace.evaluation.pairs import resamples_needed
+from headrace.evaluation.pairs import Rank, resamples_needed
 from headrace.evaluation.plots import pictures
 from headrace.evaluation.report import ReportInputs, TargetSection, interval_text, render_report
 from headrace.evaluation.resamples import RESAMPLES, resamples_bytes
@@ -102,7 +102,7 @@ _STATED = (
     "threshold",
 )
 _UNIT_KEY = "evaluate.unit"
-_RANKS = {"best": "  best", "tied": "  tied with best", "": ""}
+_RANKS = {"best": "  best", "tied": "  tied with best"}
 _NO_ROWS = np.empty(0, np.int64)
 _UserMetricName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
 _DRAWN_ROWS = 50_000  # of a stream, about; charts show no more
@@ -167,7 +167,7 @@ class EvaluatedRow:
     is_tied: bool
     is_chosen: bool
     is_primary: bool
-    rank: Literal["best", "tied", ""]  # by the primary metric, every pair of models tested
+    rank: Rank  # by the primary metric, every pair of models tested
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ class Evaluated:
             f"{row.target}  {row.model}  {row.metric} {_number(row.value)} "
             f"[{_number(row.low)}, {_number(row.high)}]"
             f"{'  chosen' if row.is_chosen else '  tied' if row.is_tied else ''}"
-            f"{_RANKS[row.rank]}"
+            f"{_RANKS.get(row.rank, '')}"
             for row in self.rows
             if row.is_primary
         ]
@@ -695,7 +695,7 @@ def _tell(checks: Checks, recorder: Recorder) -> None:
 
 def _note(comparison: Comparison) -> str:
     """The target's primary metric as a Markdown table."""
-    title = comparison.primary_metric.title
+    title, ranks = comparison.primary_metric.title, comparison.ranks
     units = "" if comparison.unit == "row" else f", {comparison.num_units:,} {comparison.unit}s"
     lines = [
         f"**{comparison.target}** on {comparison.num_rows:,} test rows{units}",
@@ -706,13 +706,12 @@ def _note(comparison: Comparison) -> str:
     for model in comparison.models:
         found = comparison.of(model, comparison.primary)
         value = " ".join(interval_text(found.estimate))
-        lines.append(
-            f"| {model} | {value} | {found.verdict} | {_rank(model, comparison) or 'worse'} |"
-        )
+        lines.append(f"| {model} | {value} | {found.verdict} | {ranks[model]} |")
     return "\n".join(lines)
 
 
 def _rows(comparison: Comparison) -> Iterator[EvaluatedRow]:
+    ranks = comparison.ranks
     for found in comparison.judged:
         yield EvaluatedRow(
             target=comparison.target,
@@ -724,14 +723,8 @@ def _rows(comparison: Comparison) -> Iterator[EvaluatedRow]:
             is_tied=found.is_tied,
             is_chosen=found.model == comparison.chosen,
             is_primary=found.metric.name == comparison.primary,
-            rank=_rank(found.model, comparison),
+            rank=ranks[found.model],
         )
-
-
-def _rank(model: str, comparison: Comparison) -> Literal["best", "tied", ""]:
-    if model == comparison.best:
-        return "best"
-    return "tied" if model in comparison.tied_with_best else ""
 
 
 def _strata_column(contract: Contract, params: EvaluateParams) -> str | None:
