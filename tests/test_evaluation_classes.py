@@ -139,7 +139,7 @@ def test_the_section_is_of_the_chosen_model():
     (table,) = section.tables
     assert [row[0] for row in table.rows] == list(KIND.labels)
     f1 = {one.label: one.metrics["f1"].value for one in scores if one.model == "two"}
-    assert [row[9] for row in table.rows] == pytest.approx(list(f1.values()))
+    assert [row[3] for row in table.rows] == pytest.approx(list(f1.values()))
     assert f"tells {min(f1, key=f1.get)} least well" in section.text[0]
     (chart,) = section.charts
     assert {trace["choice"] for trace in chart.traces} == {"precision", "recall", "F1"}

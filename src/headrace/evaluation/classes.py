@@ -15,23 +15,24 @@ from headrace.evaluation.blend import rounded
 from headrace.evaluation.bootstrap import UNDEFINED, Interval, Resampling, Scored, Units, interval
 from headrace.evaluation.comparison import Comparison
 from headrace.evaluation.page import Cell, Chart, Section, Table
+from headrace.evaluation.report import interval_text
 from headrace.schema import Target
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 
 # Name: title, meaning, when it is undefined.
 _METRICS = {
+    "f1": (
+        "F1",
+        "harmonic mean of precision and recall",
+        "no row is of the class, in truth or prediction",
+    ),
     "precision": (
         "precision",
         "share of rows predicted to be of the class that are",
         "no row is predicted to be of the class",
     ),
     "recall": ("recall", "share of rows of the class that are found", "no row is of the class"),
-    "f1": (
-        "F1",
-        "harmonic mean of precision and recall",
-        "no row is of the class, in truth or prediction",
-    ),
 }
 
 
@@ -83,17 +84,19 @@ def classes_section(comparison: Comparison, scores: Sequence[ClassScores]) -> Se
     if not of_chosen:
         return None
     percent = f"{100 * comparison.confidence:.4g} %"
-    bounds = [
-        heading
-        for title, *_ in _METRICS.values()
-        for heading in (title, f"{title}, low ({percent})", f"{title}, high")
+    told = [
+        heading for title, *_ in _METRICS.values() for heading in (title, f"{percent} interval")
     ]
-    how = "at the threshold" if comparison.task == "binary" else "as the likeliest class"
+    is_binary = comparison.task == "binary"
+    rule = f"{of_chosen[1].label} from the threshold on" if is_binary else "the likeliest one"
     table = Table(
         title=f"Classes as {comparison.chosen} tells them",
-        headings=("class", "share of rows", f"predicted {how}", *bounds),
+        headings=("class", "share of rows", "share predicted", *told),
         rows=tuple(_row(one) for one in of_chosen),
-        note=f"Intervals from resamples of {comparison.num_units:,} {comparison.unit}s.",
+        note=(
+            f"The predicted class is {rule}. Intervals are from resamples of "
+            f"{comparison.num_units:,} {comparison.unit}s."
+        ),
     )
     return Section(
         anchor="classes",
@@ -137,9 +140,9 @@ def _values(sums: Floats) -> dict[str, Floats]:
 
 def _row(one: ClassScores) -> tuple[Cell, ...]:
     found = [
-        rounded(value)
+        cell
         for told in one.metrics.values()
-        for value in (told.value, told.low, told.high)
+        for cell in (rounded(told.value), interval_text(told)[1])
     ]
     return (one.label, rounded(one.true_share), rounded(one.predicted_share), *found)
 
