@@ -154,6 +154,10 @@ def test_the_sections_hold_all_findings(honest):
     section = honest.target_section("late", "model", 0.95)
     assert [len(table.rows) for table in section.tables] == [10, 10]
     assert len(section.charts[0].traces[0]["x"]) == 10
+    slices = section.tables[1]
+    assert "expected there" in slices.headings
+    assert {row[-1] for row in slices.rows} == {"worse", "alike"}
+    assert slices.rows[0][0].startswith("x: ")
 
 
 def test_threads_and_streaming_change_nothing(tmp_path, honest):

@@ -122,6 +122,25 @@ def test_categories_are_seen():
     assert found.low > 0.55
 
 
+@pytest.mark.filterwarnings("error")
+def test_columns_of_one_value_or_none_are_taken():
+    """Such as a sample of a rare column has; and categories of many labels."""
+    rng = np.random.default_rng(0)
+    many = rng.integers(0, 1200, 1200).astype(float)
+    columns = [
+        *made(0, 0),
+        Coded("none", "number", np.full(1200, np.nan)),
+        Coded("no label", "category", np.full(1200, np.nan)),
+        Coded("one", "number", np.ones(1200)),
+        Coded("many", "category", many, tuple(map(str, range(1200)))),
+    ]
+    found = adversarial(columns, sides(600), rows(1200), RESAMPLING)
+    assert found.low < 0.52
+    shifts = [shift(column, sides(600), np.arange(1200)) for column in columns[3:6]]
+    assert {(one.index, one.is_real) for one in shifts} == {(0.0, False)}
+    assert not shift(columns[6], sides(600), np.arange(1200)).is_real
+
+
 def test_whole_units_are_judged_out_of_fold():
     """A unit's own mark, learned from its rows, must not give its other rows away."""
     rng = np.random.default_rng(0)

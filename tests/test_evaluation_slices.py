@@ -172,6 +172,8 @@ def test_columns_of_a_table_become_codes_numbers_and_moments():
             "code": pa.array([7, 7, 8]),
             "text": pa.array(["u", "v", "v"]).dictionary_encode(),
             "day": pa.array([0, 1, None], pa.int32()).cast(pa.date32()),
+            "ns": pa.array([1_001, None, 2_999], pa.timestamp("ns")),
+            "half": pa.array(np.array([1, 2, np.nan], "f2")),
         }
     )
     found = {one.name: one for one in coded_columns(rows, rows.column_names, categories=["code"])}
@@ -185,3 +187,5 @@ def test_columns_of_a_table_become_codes_numbers_and_moments():
     np.testing.assert_array_equal(found["text"].codes(), [2, 1, 1])
     np.testing.assert_array_equal(found["day"].values, [0, 86_400e6, nan])
     assert found["day"].kind == "time"
+    np.testing.assert_array_equal(found["ns"].values, [1, nan, 2])
+    np.testing.assert_array_equal(found["half"].values, [1, 2, nan])

@@ -67,57 +67,56 @@ def _shift_row(pair: tuple[str, str], one: Shift) -> tuple[Cell, ...]:
 def _slices_tables(slices: Slices, chosen: str, confidence: float) -> tuple[Table, ...]:
     if not slices.worst:
         return ()
+    is_expected = any(one.expected is not None for one in slices.worst)
     headings = (
-        "column",
         "slice",
         "rows",
         f"{slices.loss} there",
+        *(("expected there",) if is_expected else ()),
         "elsewhere",
         "difference",
-        f"low ({confidence:.4g})",
+        f"low ({100 * confidence:.4g} %)",
         "high",
         "prediction − truth",
-        "expected there",
         "p, Holm",
-        "worse",
-        "off",
+        "the model is",
     )
     rows = tuple(
-        (*_slice_row(one), _worse(one, confidence), _off(one, confidence)) for one in slices.worst
+        (*_slice_row(one, is_expected=is_expected), _said(one, confidence)) for one in slices.worst
     )
     note = (
         f"{len(rows)} of {slices.num_tested} slices tested: first those the model is off on, then "
         f"by p-value, one-sided and corrected over all by Holm's method. The interval is of one "
-        f"slice alone, from resamples of the units. Expected there: by the model's own "
-        f"probabilities; off: significantly more is lost than that, so the rows are not just "
-        f"harder (Holm)."
+        f"slice alone, from resamples of the units."
     )
+    if is_expected:
+        note += (
+            " Expected there: by the model's own probabilities. Worse: the rows are harder; off: "
+            "significantly more is lost than expected, too."
+        )
     return (Table(f"Slices on which {chosen} is worst", headings, rows, note),)
 
 
-def _slice_row(one: Slice) -> tuple[Cell, ...]:
+def _slice_row(one: Slice, *, is_expected: bool) -> tuple[Cell, ...]:
     change = one.difference
     numbers = (
         one.value,
+        *((one.expected,) if is_expected else ()),
         one.rest,
         one.value - one.rest,
         change.low if change else None,
         change.high if change else None,
         one.bias,
-        one.expected,
         one.p_holm,
     )
-    return (one.column, one.label, one.num_rows, *(rounded(number) for number in numbers))
+    return (": ".join(one.name), one.num_rows, *(rounded(number) for number in numbers))
 
 
-def _worse(one: Slice, confidence: float) -> str:
-    return "yes" if one.is_worse(1 - confidence) else "no"
-
-
-def _off(one: Slice, confidence: float) -> str:
-    if one.p_off is None:
-        return ""
-    return "yes" if one.is_off(1 - confidence) else "no"
+def _said(one: Slice, confidence: float) -> str:
+    alpha = 1 - confidence
+    if one.p_off is not None and one.is_off(alpha):
+        return "off"
+    return "worse" if one.is_worse(alpha) else "alike"
 
 
 def _slices_charts(slices: Slices, confidence: float) -> tuple[Chart, ...]:
@@ -133,7 +132,7 @@ def _slices_charts(slices: Slices, confidence: float) -> tuple[Chart, ...]:
         "type": "scatter",
         "mode": "markers",
         "x": [rounded(one.value - one.rest) for one, _, _ in shown],
-        "y": [f"{one.column}: {one.label}" for one, _, _ in shown],
+        "y": [": ".join(one.name) for one, _, _ in shown],
         "error_x": {
             "type": "data",
             "symmetric": False,
@@ -142,8 +141,7 @@ def _slices_charts(slices: Slices, confidence: float) -> tuple[Chart, ...]:
         },
         "marker": {
             "symbol": [
-                "circle" if _worse(one, confidence) == "yes" else "circle-open"
-                for one, _, _ in shown
+                "circle" if one.is_worse(1 - confidence) else "circle-open" for one, _, _ in shown
             ],
             "size": 9,
         },
@@ -153,13 +151,16 @@ def _slices_charts(slices: Slices, confidence: float) -> tuple[Chart, ...]:
         name="slices",
         title=f"Slices: {slices.loss} there − elsewhere, with {percent} intervals",
         alternative="; ".join(
-            f"{one.column} {one.label}: {one.value - one.rest:.4g}, worse: "
-            f"{_worse(one, confidence)}"
+            f"{': '.join(one.name)}: {one.value - one.rest:.4g}, {_said(one, confidence)}"
             for one in slices.worst
         ),
         traces=(trace,),
         layout={
-            "xaxis": {"title": {"text": f"difference of {slices.loss}"}, "zeroline": True},
+            "xaxis": {
+                "title": {"text": f"difference of {slices.loss}"},
+                "rangemode": "tozero",
+                "zeroline": True,
+            },
             "yaxis": {"title": {"text": "slice"}, "type": "category", "automargin": True},
             "height": 140 + 28 * len(shown),
         },

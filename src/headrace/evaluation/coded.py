@@ -50,7 +50,7 @@ def is_codable(kind: pa.DataType) -> bool:
 def _coded(name: str, column: pa.Array, is_category: bool) -> Coded:
     kind = column.type
     if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
-        moments = column.cast(pa.timestamp("us")).cast(pa.int64())
+        moments = column.cast(pa.timestamp("us"), safe=False).cast(pa.int64())
         return Coded(name, "time", _floats(moments))
     is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
     if is_number and not is_category:

@@ -82,7 +82,7 @@ def adversarial(
     if reason:
         return Interval(None, None, None, reason=reason)
     x_NF = np.column_stack([_tree_input(column) for column in columns])
-    is_category = [column.kind == "category" for column in columns]
+    is_category = np.array([column.kind == "category" for column in columns])
     scores = np.empty(len(is_second))
     for number in range(_FOLDS):
         is_judged = fold == number
@@ -98,9 +98,12 @@ def _told_apart(
     learn_NF: Floats,
     is_second: npt.NDArray[np.bool_],
     judge_NF: Floats,
-    is_category: Sequence[bool],
+    is_category: npt.NDArray[np.bool_],
     seed: int,
 ) -> Floats:
+    is_known = ~np.isnan(learn_NF).all(axis=0)  # the trees refuse a column without any value
+    if not is_known.any():
+        return np.full(len(judge_NF), 0.5)
     from sklearn.ensemble import HistGradientBoostingClassifier
     from threadpoolctl import threadpool_limits
 
@@ -108,13 +111,13 @@ def _told_apart(
         max_iter=_TREES,
         max_leaf_nodes=_LEAVES,
         min_samples_leaf=_LEAF_ROWS,
-        categorical_features=np.array(is_category),
+        categorical_features=is_category[is_known],
         early_stopping=False,
         random_state=seed % 2**32,
     )
     with threadpool_limits(1, user_api="openmp"):
-        trees.fit(learn_NF, is_second)
-        scores: Floats = trees.predict_proba(judge_NF)[:, 1]
+        trees.fit(learn_NF[:, is_known], is_second)
+        scores: Floats = trees.predict_proba(judge_NF[:, is_known])[:, 1]
     return scores
 
 
