@@ -47,6 +47,7 @@ def project(tmp_path_factory):
     whole = yaml.safe_load(
         pipeline_text(
             inputs=["a.csv"],
+            metric_files=[],
             example=False,
             databases=False,
             models=["baseline"],
