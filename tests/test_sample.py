@@ -134,6 +134,20 @@ def test_another_recipe_is_another_workspace(project: Project):
     assert "WHERE" in (second / "recipe.sql").read_text()
 
 
+def test_files_of_user_metrics_come_along(project: Project):
+    """As they are now, each time; one that is not there is named."""
+    entry = "{function: own/metrics.py:f, higher_is_better: true}"
+    with project.params.open("a") as params:
+        params.write(f"evaluate: {{user_metrics: {{f: {entry}}}}}\n")
+    with pytest.raises(ConfigError, match=r"own/metrics.py does not exist, but params.yaml names"):
+        sample(project, 0.2)
+    (project.root / "own").mkdir()
+    for text in ("f = 1\n", "f = 2\n"):
+        (project.root / "own" / "metrics.py").write_text(text)
+        copied = sample(project, 0.2).project.root / "own" / "metrics.py"
+        assert copied.read_text() == text
+
+
 def test_a_stage_runs_in_the_workspace(project: Project, monkeypatch: pytest.MonkeyPatch):
     """Code lock, journal and outs are the workspace's; the project has none of them after it."""
     workspace = sample(project, 0.2).project

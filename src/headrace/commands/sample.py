@@ -3,8 +3,9 @@
 The workspace is a whole project below ``.headrace/samples/``: params.yaml with ``extract.sample``,
 its own pipeline, lock, journal and lineage, so ``data/`` and dvc.lock of the project stay as they
 are. Source files are hard links, or symbolic ones where a link cannot cross file systems: nothing
-is copied but the recipe. Which rows are in is a hash of their id, so a larger sample holds a
-smaller one, and the same rows come each time. A second look runs only what changed.
+is copied but the recipe and the files of user metrics. Which rows are in is a hash of their id, so
+a larger sample holds a smaller one, and the same rows come each time. A second look runs only what
+changed.
 """
 
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from headrace.commands.settings import Settings, read_settings
-from headrace.commands.upgrade import declared_sources, has_example, write_around
+from headrace.commands.upgrade import declared_sources, has_example, metric_files, write_around
 from headrace.errors import ConfigError
 from headrace.project import Project
 from headrace.storage import canonical_json, digest_bytes, write_file
@@ -42,7 +43,8 @@ def sample(project: Project, fraction: float) -> Sampled:
     """Make, or bring up to date, the workspace for ``fraction`` of the rows of ``project``.
 
     Raises:
-        ConfigError: a fraction outside (0, 1), or a params.yaml that is wrong.
+        ConfigError: a fraction outside (0, 1), a params.yaml that is wrong, or a file that it
+            names and that is not there.
         DataError: a source has no file.
     """
     if not 0 < fraction < 1:
@@ -52,8 +54,8 @@ def sample(project: Project, fraction: float) -> Sampled:
     workspace.root.mkdir(parents=True, exist_ok=True)
     write_file(workspace.params, _sampled_params(project, settings, fraction))
     recipe = _extract(settings).recipe
-    if recipe is not None:
-        _copy_if_other(project.root / recipe, workspace.root / recipe)
+    for name in [*([recipe] if recipe else []), *metric_files(settings)]:
+        _copy_if_other(project.root / name, workspace.root / name)
     num_files = _link_sources(project, settings, workspace)
     write_around(workspace, with_git=False, force=True)
     return Sampled(workspace, fraction, num_files)
@@ -87,6 +89,8 @@ def _sampled_params(project: Project, settings: Settings, fraction: float) -> st
 
 
 def _copy_if_other(source: Path, target: Path) -> None:
+    if not source.is_file():
+        raise ConfigError(f"{source} does not exist, but params.yaml names it; put it there")
     content = source.read_bytes()
     if not target.is_file() or target.read_bytes() != content:
         write_file(target, content)
