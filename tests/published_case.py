@@ -12,6 +12,7 @@ from headrace.models.catboost import CatboostParams
 from headrace.params import Resources
 from headrace.record import MemoryRecorder
 from headrace.schema import FEATURE_ROLES, Role, Target
+from headrace.stages.decide import DecideParams, decide
 from headrace.stages.encode import EncodeParams, encode
 from headrace.stages.publish import Published, PublishParams, publish
 from headrace.stages.reduce import ReduceParams, reduce
@@ -108,8 +109,10 @@ def make_case(root: Path, *, permute_test_labels: bool = False, name: str = "fli
 def publish_case(
     root: Path, members: Mapping[str, Path], out: Path, params: PublishParams
 ) -> Published:
-    """Publish what ``make_case`` trained, once more or elsewhere."""
-    folders = (root / "reduce", root / "encode", members, root / "stack")
+    """Publish what ``make_case`` trained, once more or elsewhere; decide, if that is not done."""
+    if not (root / "decide").exists():
+        decide(root / "reduce", members, root / "stack", root / "decide", DecideParams(), **TOLD)
+    folders = (root / "reduce", root / "encode", members, root / "stack", root / "decide")
     return publish(*folders, out, params, **TOLD)
 
 

@@ -15,7 +15,9 @@ from headrace.evaluation.rules import read_decisions
 from headrace.params import Resources
 from headrace.record import MemoryRecorder
 from headrace.stages.decide import DecideParams, decide
+from headrace.stages.evaluate import EvaluateParams, evaluate
 from headrace.stages.stack import StackParams, stack
+from headrace.storage import new_folder, write_json
 from tests.evaluation_case import CARRIER, DELAY, LATE, Case
 
 ALL = (DELAY, LATE, CARRIER)
@@ -35,6 +37,12 @@ def run(case, root, params=PARAMS, recorder=None, **resources):
         table, members, root / "stack", root / "decide", params, **told(recorder, **resources)
     )  # fmt: skip
     return json.loads((root / "decide" / "decisions.json").read_text())
+
+
+def rules_of(root):
+    selection = json.loads((root / "stack" / "selection.json").read_text())["targets"]
+    chosen = {name: entry["chosen"] for name, entry in selection.items()}
+    return read_decisions(root / "decide", chosen).rules
 
 
 def overconfident(case):
@@ -63,7 +71,7 @@ def done(tmp_path_factory):
 def test_every_target_has_a_rule_for_the_chosen_model(done):
     root, content, _ = done
     chosen = json.loads((root / "stack" / "selection.json").read_text())["targets"]
-    rules = read_decisions(root / "decide", ALL).rules
+    rules = rules_of(root)
 
     assert set(rules) == {"delay", "late", "carrier"}
     assert {name: rule.model for name, rule in rules.items()} == {
@@ -78,7 +86,7 @@ def test_every_target_has_a_rule_for_the_chosen_model(done):
 def test_the_threshold_is_the_best_one_of_calibrated_valid_rows(done):
     """Found again by trying every probability of the valid rows."""
     root, content, _ = done
-    rule = read_decisions(root / "decide", ALL).rules["late"]
+    rule = rules_of(root)["late"]
     folder = root / "stack" if rule.model == "stack" else root / "train" / rule.model
     truth = read_truth(open_table(root / "reduce"), "valid", unit="auto", key="")
     told = read_predictions(folder, LATE).of_split("valid")
@@ -140,7 +148,7 @@ def test_costs_move_the_class_of_several(tmp_path):
     costs = {"AA": {"BB": 9, "CC": 9}}
     params = DecideParams(num_resamples=FEW, costs={"carrier": costs})
     content = run(Case(targets=(CARRIER,), split=None), tmp_path, params)
-    rule = read_decisions(tmp_path / "decide", (CARRIER,)).rules["carrier"]
+    rule = rules_of(tmp_path)["carrier"]
 
     assert content["targets"]["carrier"]["costs"]["gain"]["ci_low"] > 0
     assert rule.costs == ((0, 9, 9), (0, 0, 0), (0, 0, 0))
@@ -263,9 +271,56 @@ def test_a_budget_too_small_is_refused_with_the_figure(done, tmp_path):
 
 def test_damaged_decisions_and_those_of_other_targets_are_refused(done, tmp_path):
     root, _, _ = done
-    with pytest.raises(IntegrityError, match=r"is for the targets .*headrace repro"):
-        read_decisions(root / "decide", (LATE,))
+    with pytest.raises(IntegrityError, match=r"is for the targets and models .*headrace repro"):
+        read_decisions(root / "decide", {"late": "sharp"})
     shutil.copytree(root / "decide", tmp_path / "decide")
     (tmp_path / "decide" / "decisions.json").write_text("{}")
     with pytest.raises(IntegrityError, match=r"decisions\.json"):
-        read_decisions(tmp_path / "decide", ALL)
+        read_decisions(tmp_path / "decide", {})
+
+
+def judge(root, out, resampling="auto", **more):
+    members = {name: root / "train" / name for name in ("plain", "sharp")}
+    params = EvaluateParams(num_resamples=FEW, resampling=resampling)
+    evaluate(root / "reduce", members, root / "stack", out, params, **more, **told())
+    return json.loads((out / "decisions.json").read_text())["targets"]
+
+
+def test_evaluate_measures_the_decisions_on_test_rows(done, tmp_path):
+    root, content, _ = done
+    found = judge(root, tmp_path / "out", decisions=root / "decide")
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())["late"]
+    late = found["late"]
+
+    assert set(found) == {"delay", "late", "carrier"}
+    assert late["threshold"]["used"] == content["targets"]["late"]["threshold"]["used"]
+    assert late["metrics"]["f1"]["default"] == metrics[late["model"]]["f1"]
+    assert late["log_loss"]["raw"] == metrics[late["model"]]["log_loss"]
+    assert late["log_loss"]["gain"]["ci_low"] > 0
+    for name in found:
+        coverage = found[name]["conformal"]["coverage"]
+        assert coverage["ci_low"] < 0.93
+        assert coverage["ci_high"] > 0.87
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Measured, not guaranteed" in page
+    assert "F1 by threshold, valid rows" in page
+
+
+def test_streamed_test_rows_are_measured_alike(done, tmp_path):
+    root, _, _ = done
+    whole = judge(root, tmp_path / "whole", decisions=root / "decide")
+    streamed = judge(root, tmp_path / "streamed", "poisson", decisions=root / "decide")
+
+    for name, entry in whole.items():
+        one, other = (e["conformal"]["coverage"] for e in (entry, streamed[name]))
+        assert one["value"] == other["value"]
+        assert one["ci_low"] == pytest.approx(other["ci_low"], abs=0.02)
+
+
+def test_decisions_for_another_model_are_not_measured(done, tmp_path):
+    root, content, _ = done
+    targets = {name: entry | {"model": "other"} for name, entry in content["targets"].items()}
+    with new_folder(tmp_path / "decide") as folder:
+        write_json(folder / "decisions.json", content | {"targets": targets})
+    with pytest.raises(IntegrityError, match=r"targets and models .*'other'.*headrace repro"):
+        judge(root, tmp_path / "out", decisions=tmp_path / "decide")

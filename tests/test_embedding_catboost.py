@@ -20,6 +20,7 @@ from headrace.models.package import load_package
 from headrace.models.protocol import load_model, model_section
 from headrace.params import parse_section
 from headrace.record import MemoryRecorder
+from headrace.stages.decide import DecideParams, decide
 from headrace.stages.embedding_catboost import embedding_catboost
 from headrace.stages.evaluate import EvaluateParams, evaluate
 from headrace.stages.interpret import InterpretParams, interpret
@@ -314,9 +315,12 @@ def test_it_is_compared_and_published_like_any_model_and_never_blended(tmp_path)
         table, members, stacked, tmp_path / "evaluate", EvaluateParams(), interpretation=asked,
         **told,
     )  # fmt: skip
+    decided = tmp_path / "decide-both"
+    decide(table, members, stacked, decided, DecideParams(), **told)
     publish(
-        table, tmp_path / "encode", members, stacked, tmp_path / "package", PublishParams(), **told
-    )
+        table, tmp_path / "encode", members, stacked, decided, tmp_path / "package",
+        PublishParams(), **told,
+    )  # fmt: skip
     selection = read_json(stacked / "selection.json")["targets"]
     compared = read_json(tmp_path / "evaluate" / "comparison.json")["targets"]
     package = load_package(tmp_path / "package")

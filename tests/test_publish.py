@@ -15,12 +15,13 @@ from headrace.data.incoming import InputColumn
 from headrace.data.predictions import read_predictions
 from headrace.data.table import open_table
 from headrace.errors import IntegrityError, SchemaError
+from headrace.evaluation.rules import Temperature
 from headrace.models.package import Package, load_package, read_example
 from headrace.schema import Target
 from headrace.stages.publish import PublishParams, requirements
 from headrace.stages.stack import StackParams, stack
 from headrace.storage import folder_digest, new_folder, write_json
-from tests.published_case import TOLD, Case, make_case, publish_case, raw_rows
+from tests.published_case import TOLD, Case, make_case, publish_case, raw_columns, raw_rows
 
 
 @pytest.fixture(scope="module")
@@ -84,12 +85,16 @@ def test_raw_test_rows_get_the_predictions_of_what_was_chosen(case: Case, packag
         assert difference(predicted, folder, target, row_ids) < 1e-9
     assert predicted.column_names == [
         "delay",
+        "delay_low",
+        "delay_high",
         "late",
         "late_probability_true",
+        "late_set",
         "band",
         "band_probability_early",
         "band_probability_late",
         "band_probability_ontime",
+        "band_set",
     ]
 
 
@@ -184,14 +189,40 @@ def test_test_labels_do_not_change_what_is_published(case: Case, tmp_path: Path)
     assert permuted.published.digest == case.published.digest
 
 
-def test_the_threshold_of_labels_is_in_the_package(case: Case, package: Package) -> None:
-    """package.json says from which probability on the second label is predicted, and it counts."""
-    assert json.loads((case.package / "package.json").read_text())["threshold"] == 0.5
-    high = replace(package, description=package.description.model_copy(update={"threshold": 0.9}))
-    predicted = high.predict(raw_rows(200)).to_pandas()
+def test_predictions_are_decided_as_the_rules_say(case: Case, package: Package) -> None:
+    """The package carries what decide wrote, byte for byte, and labels follow its threshold."""
+    written = (case.package / "decisions.json").read_bytes()
+    assert written == (case.root / "decide" / "decisions.json").read_bytes()
+    rule = package.rules["late"].model_copy(
+        update={"threshold": 0.9, "calibration": Temperature(temperature=2.0)}
+    )
+    strict = replace(package, rules={**package.rules, "late": rule})
+    predicted = strict.predict(raw_rows(200)).to_pandas()
 
-    assert ((predicted.late == "true") == (predicted.late_probability_true >= 0.9)).all()
-    assert predicted.late_probability_true.between(0.5, 0.9, inclusive="left").any()
+    raw = predicted.late_probability_true
+    logit = np.log(raw / (1 - raw)) / 2
+    assert np.allclose(predicted.late_calibrated_true, 1 / (1 + np.exp(-logit)), atol=1e-6)
+    assert ((predicted.late == "true") == (predicted.late_calibrated_true >= 0.9)).all()
+    assert predicted.late_calibrated_true.between(0.5, 0.9, inclusive="left").any()
+
+
+def test_intervals_and_sets_cover_new_rows(package: Package) -> None:
+    """Rows like those of the valid split: nine of ten truths lie inside, within chance."""
+    columns = raw_columns(2000, seed=17)
+    rows = pa.table({name: columns[name] for name in raw_rows(1).column_names})
+    predicted = package.predict(rows).to_pandas()
+    delay = columns["delay"].to_numpy()
+    late = np.where(columns["late"].to_numpy(zero_copy_only=False), "true", "false")
+
+    is_inside = (predicted.delay_low <= delay) & (delay <= predicted.delay_high)
+    assert is_inside.mean() == pytest.approx(0.9, abs=0.06)
+    sets = [json.loads(text) for text in predicted.late_set]
+    assert {len(one) for one in sets} <= {1, 2}
+    assert np.mean([truth in one for truth, one in zip(late, sets, strict=True)]) > 0.84
+    assert all(
+        label in one
+        for label, one in zip(predicted.band, map(json.loads, predicted.band_set), strict=True)
+    )
 
 
 def test_an_example_holds_whole_numbers_of_64_unsigned_bits(tmp_path: Path) -> None:
@@ -364,14 +395,14 @@ def test_a_package_that_is_not_there_names_the_remedy(tmp_path: Path) -> None:
 
 
 def test_a_package_of_another_format_is_refused(case: Case, tmp_path: Path) -> None:
-    """A later headrace may write what this one cannot read."""
+    """One of before decisions has a threshold of its own."""
 
     def raise_format(folder: Path) -> None:
         content = json.loads((folder / "package.json").read_text())
-        write_json(folder / "package.json", {**content, "format": 3})
+        write_json(folder / "package.json", {**content, "format": 2})
 
     copy = rewrite(case.package, tmp_path / "copy", raise_format)
-    with pytest.raises(IntegrityError, match=r"package format 3.*headrace upgrade"):
+    with pytest.raises(IntegrityError, match=r"package format 2.*headrace upgrade"):
         load_package(copy)
 
 

@@ -29,6 +29,7 @@ from headrace.evaluation.bootstrap import FEW_UNITS, Resampling, Scored, Units, 
 from headrace.evaluation.bootstrap import bytes_needed as bootstrap_bytes
 from headrace.evaluation.metrics import METRICS, Metric, Sample
 from headrace.evaluation.pairs import POWER, compare_pairs
+from headrace.evaluation.rules import DEFAULT
 from headrace.evaluation.supposed import EXPLAINED, RANKED, supposed_models
 from headrace.memory import format_bytes
 from headrace.project import Project
@@ -192,7 +193,7 @@ def _power(
     units = Units(truth.unit, truth.unit_of_row, int(truth.unit_of_row.max()) + 1)
     units = replace(units.of(is_labelled), block=params.block)
     scored = {
-        name: bootstrap(sample, units, resampling, threshold=params.threshold)
+        name: bootstrap(sample, units, resampling, threshold=DEFAULT)
         for name, sample in samples.items()
     }
     scale = math.sqrt(units.count / test.num_units)

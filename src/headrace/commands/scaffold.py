@@ -93,6 +93,7 @@ def pipeline_text(
             "data/reduce",
             "data/train",
             "data/stack",
+            "data/decide",
             "data/interpret",
             *metric_files,
         ],
@@ -102,7 +103,7 @@ def pipeline_text(
     )
     stages["publish"] = _stage(
         "publish",
-        deps=["data/reduce", "data/encode", "data/train", "data/stack"],
+        deps=["data/reduce", "data/encode", "data/train", "data/stack", "data/decide"],
         outs=["data/publish"],
         params=["models", "publish"],
     )
@@ -121,6 +122,7 @@ def pipeline_text(
 EVALUATE_OUTS = (
     "checks.json",
     "comparison.json",
+    "decisions.json",
     "errors.json",
     "figures",
     "manifest.json",

@@ -319,8 +319,9 @@ def _call(
     if name == "evaluate":
         profile = data("extract") / "profile.json"
         told |= {"root": project.root, "profile": profile, "interpretation": data("interpret")}
+        told["decisions"] = data("decide")
         return run(table, members, data("stack"), out, section, **told)
-    return run(table, encoded, members, data("stack"), out, section, **told)
+    return run(table, encoded, members, data("stack"), data("decide"), out, section, **told)
 
 
 def _require_known(stage: str, settings: Settings) -> None:

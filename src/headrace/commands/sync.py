@@ -16,7 +16,13 @@ from headrace.commands.pipeline import changes, read_dag
 from headrace.commands.settings import read_settings
 from headrace.errors import HeadraceError
 from headrace.lineage import PACKAGE
-from headrace.models.package import REQUIREMENTS, output_schema, read_description, read_example
+from headrace.models.package import (
+    REQUIREMENTS,
+    output_schema,
+    read_description,
+    read_example,
+    read_rules,
+)
 from headrace.project import LOCK, PIPELINE, Project
 from headrace.schema import read_contract
 from headrace.storage import folder_digest, verify_folder
@@ -139,7 +145,7 @@ def _maker(project: Project, digest: str) -> Run | None:
 
 def _candidate(package: Path, run: Run | None) -> Candidate:
     description = read_description(package)
-    outputs = output_schema(read_contract(package).targets)
+    outputs = output_schema(read_contract(package).targets, read_rules(package, description))
     tags = {"headrace.run_id": run.run_id, "headrace.lineage": run.lineage or ""} if run else {}
     return Candidate(
         name=description.name,

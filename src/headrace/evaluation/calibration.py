@@ -8,19 +8,16 @@ Each is judged cross-fitted: the rows of a fold get the map that the other folds
 one is used if the interval of its gain in log-loss excludes 0, and if it does no harm to valid
 rows. These are asked as well since out-of-fold rows are told by the models of single folds, while
 valid, test and new rows get the mean of a bag, which is less sure of itself.
-
-A map is a value that JSON holds whole, and applying it needs numpy alone.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
 
-from headrace.evaluation.blend import Numbers, linked, rounded
+from headrace.evaluation.blend import linked, rounded
 from headrace.evaluation.bootstrap import (
     Interval,
     Resampling,
@@ -30,56 +27,13 @@ from headrace.evaluation.bootstrap import (
     difference,
 )
 from headrace.evaluation.metrics import Sample, score
-from headrace.params import Section
+from headrace.evaluation.rules import AnyCalibration, Isotonic, Temperature
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Method = Literal["temperature", "isotonic"]
 
 _LOG_RANGE = 4.0  # temperatures from e^-4 to e^4
 _NUM_BINS = 10  # of a reliability curve
-
-
-class Temperature(Section):
-    """Logits, or log-probabilities of several classes, divided by ``temperature``."""
-
-    kind: Literal["temperature"] = "temperature"
-    temperature: Annotated[float, Field(gt=0)]
-
-    def of(self, probability: Floats) -> Floats:
-        """Return calibrated probabilities, (N,) or (N, C)."""
-        if probability.ndim == 1:
-            z_N = linked(probability, "logit")[:, 0] / self.temperature
-            calibrated: Floats = np.exp(-np.logaddexp(0.0, -z_N))
-            return calibrated
-        z_NC = linked(probability, "log") / self.temperature
-        share_NC = np.exp(z_NC - z_NC.max(axis=1, keepdims=True))
-        shares: Floats = share_NC / share_NC.sum(axis=1, keepdims=True)
-        return shares
-
-    def __str__(self) -> str:
-        """Return its name and number."""
-        return f"temperature {self.temperature:g}"
-
-
-class Isotonic(Section):
-    """A rising function of the probability: straight lines through ``raw`` and ``calibrated``."""
-
-    kind: Literal["isotonic"] = "isotonic"
-    raw: Numbers
-    calibrated: Numbers
-
-    def of(self, probability: Floats) -> Floats:
-        """Return calibrated probabilities, (N,)."""
-        calibrated: Floats = np.interp(probability, self.raw, self.calibrated)
-        return calibrated
-
-    def __str__(self) -> str:
-        """Return its name and size."""
-        return f"isotonic, {len(self.raw)} points"
-
-
-AnyCalibration: TypeAlias = Temperature | Isotonic
-Calibration: TypeAlias = Annotated[AnyCalibration, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ def metrics_json(comparisons: list[Comparison]) -> dict[str, Any]:
     return {
         comparison.target: {
             model: {
-                one.metric.name: _interval_json(one.estimate)
+                one.metric.name: interval_json(one.estimate)
                 for one in comparison.judged
                 if one.model == model
             }
@@ -144,12 +144,12 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
     models: dict[str, dict[str, Any]] = {model: {} for model in comparison.models}
     for one in comparison.judged:
         models[one.model][one.metric.name] = {
-            **_interval_json(one.estimate),
+            **interval_json(one.estimate),
             "standard_error": rounded(one.estimate.standard_error),
             "median": rounded(one.estimate.median),
             "num_undefined": one.estimate.num_undefined,
             "reason": one.estimate.reason,
-            "difference": _interval_json(one.difference),
+            "difference": interval_json(one.difference),
             "verdict": one.verdict,
             "tied": one.is_tied,
         }
@@ -211,7 +211,7 @@ def _pair_json(pair: Pair) -> dict[str, Any]:
     return {
         "first": pair.first,
         "second": pair.second,
-        "difference": _interval_json(pair.difference),
+        "difference": interval_json(pair.difference),
         "standard_error": rounded(pair.difference.standard_error),
         "p_value": rounded(pair.p_value),
         "p_holm": rounded(pair.p_holm),
@@ -220,7 +220,8 @@ def _pair_json(pair: Pair) -> dict[str, Any]:
     }
 
 
-def _interval_json(found: Interval) -> dict[str, float | None]:
+def interval_json(found: Interval) -> dict[str, float | None]:
+    """Return a value and its interval."""
     return {
         "value": rounded(found.value),
         "ci_low": rounded(found.low),

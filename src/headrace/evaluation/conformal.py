@@ -12,42 +12,15 @@ Rows of a later time, or of other groups, are not exchangeable: then coverage is
 
 import math
 from fractions import Fraction
-from typing import Annotated, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
 
 from headrace.evaluation.metrics import Sample
-from headrace.params import Section
+from headrace.evaluation.rules import Conformal, of_classes
 
 Floats: TypeAlias = npt.NDArray[np.float64]
-
-
-class Conformal(Section):
-    """How far from a prediction the truth may lie: ``limit`` on the scores of ``num_rows`` rows."""
-
-    coverage: Annotated[float, Field(gt=0, lt=1)]
-    limit: Annotated[float, Field(ge=0)]
-    num_rows: int
-
-    def interval(self, value: Floats) -> tuple[Floats, Floats]:
-        """Return the lower and the upper bound of each value."""
-        return value - self.limit, value + self.limit
-
-    def classes(self, probability: Floats) -> npt.NDArray[np.bool_]:
-        """Return which classes each row's set holds, (N, C)."""
-        p_NC = of_classes(probability)
-        is_in = 1 - p_NC <= self.limit
-        is_in[np.arange(len(p_NC)), p_NC.argmax(axis=1)] = True
-        return is_in
-
-
-def of_classes(probability: Floats) -> Floats:
-    """Return the probability of every class, (N, C), also where that of class 1 is told, (N,)."""
-    if probability.ndim == 2:
-        return probability
-    return np.column_stack([1 - probability, probability])
 
 
 def conform(sample: Sample, coverage: float) -> Conformal | None:

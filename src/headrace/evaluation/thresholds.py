@@ -28,15 +28,13 @@ from headrace.evaluation.bootstrap import (
     sums_per_unit,
 )
 from headrace.evaluation.metrics import Sample, combine, metric_of
+from headrace.evaluation.rules import DEFAULT, Codes, Costs
 from headrace.evaluation.selection import NUM_PARTS
 from headrace.kernels.bootstrap import resample
 
 Floats: TypeAlias = npt.NDArray[np.float64]
-Codes: TypeAlias = npt.NDArray[np.int64]
 ThresholdMetric = Literal["f1", "balanced_accuracy", "mcc", "accuracy"]
-Costs: TypeAlias = tuple[tuple[float, ...], ...]  # costs[true class][predicted class]
 
-DEFAULT = 0.5
 _CHUNK = 16  # resamples that one thread takes at a time
 _DRAWN = 200  # points of the curve that is written
 
@@ -138,7 +136,7 @@ def compare(
 ) -> tuple[Interval, Interval, Interval]:
     """Return the values of two ways to decide the same rows, and the gain of the first."""
     num_classes = 2 if sample.prediction.ndim == 1 else sample.prediction.shape[1]
-    cells = [_cells(sample, way, num_classes) for way in (decided, reference)]
+    cells = [confusion_cells(sample, way, num_classes) for way in (decided, reference)]
     columns_KU = sums_per_unit(np.concatenate(cells), units)
     sums_BK, _ = resample(
         columns_KU,
@@ -181,16 +179,13 @@ def verdict(
     return gain.low > 0, told
 
 
-def least_cost(probability: Floats, costs: Costs) -> Codes:
-    """Return the class of least expected cost of each row, (N, C) to (N,)."""
-    p_NC = probability
-    # Not a product of matrices: BLAS rounds by the number of rows it is given.
-    expected = [
-        sum(p_NC[:, true] * costs[true][predicted] for true in range(len(costs)))
-        for predicted in range(len(costs))
-    ]
-    code: Codes = np.argmin(np.stack(expected), axis=0)
-    return code
+def confusion_cells(sample: Sample, decided: Codes, num_classes: int) -> Floats:
+    """Return the weight of each row in its cell of the confusion matrix, (C × C, N)."""
+    weight = np.ones(len(decided)) if sample.weight is None else sample.weight
+    cell = sample.truth.astype(np.int64) * num_classes + decided
+    columns = np.zeros((num_classes**2, len(decided)))
+    columns[cell, np.arange(len(decided))] = weight
+    return columns
 
 
 class Sweep:
@@ -280,12 +275,3 @@ def _cross_fitted(sample: Sample, units: Units, objective: Objective) -> Codes:
 def _fit(sample: Sample, units: Units, objective: Objective) -> float | None:
     sweep = Sweep(sample, units, objective)
     return sweep.best(sweep.weight)
-
-
-def _cells(sample: Sample, decided: Codes, num_classes: int) -> Floats:
-    """Return the weight of each row in its cell of the confusion matrix, (C × C, N)."""
-    weight = np.ones(len(decided)) if sample.weight is None else sample.weight
-    cell = sample.truth.astype(np.int64) * num_classes + decided
-    columns = np.zeros((num_classes**2, len(decided)))
-    columns[cell, np.arange(len(decided))] = weight
-    return columns

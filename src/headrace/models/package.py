@@ -9,6 +9,7 @@ member once and blends what they say as the stage ``stack`` did. Rows keep their
 A category that train rows did not have is "unknown" to the models, a null is missing.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from pydantic import Field, ValidationError
 from headrace.data.incoming import InputColumn, conform, from_pandas
 from headrace.errors import IntegrityError
 from headrace.evaluation.blend import Blend
+from headrace.evaluation.rules import DECISIONS, Rule, decisions_of
 from headrace.models.protocol import FittedModel, Values, load_model
 from headrace.params import Section
 from headrace.schema import Contract, Target, read_contract
@@ -48,14 +50,11 @@ class Mixture(Section):
 class Description(Section):
     """The content of package.json."""
 
-    format: Literal[2] = 2
+    format: Literal[3] = 3
     name: str
     contract: str  # digest of contract.json
     inputs: Annotated[tuple[InputColumn, ...], Field(strict=False)]
     targets: dict[str, Mixture]
-    # A binary target's label is labels[1] from this probability on. `evaluate.threshold` is apart
-    # from it: that one says at which probability the report counts errors.
-    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
 
     @property
     def members(self) -> tuple[str, ...]:
@@ -73,6 +72,7 @@ class Package:
     contract: Contract
     encoder: "Encoder"
     models: Mapping[str, FittedModel]
+    rules: Mapping[str, Rule]  # per target: from its prediction to a decision
 
     @property
     def inputs(self) -> tuple[InputColumn, ...]:
@@ -82,16 +82,18 @@ class Package:
     @property
     def output_schema(self) -> pa.Schema:
         """Columns of the predictions: see ``predict``."""
-        return output_schema(self.contract.targets)
+        return output_schema(self.contract.targets, self.rules)
 
     def predict(self, rows: "pa.Table | pa.RecordBatch | pd.DataFrame") -> pa.Table:
         """Predict every target for ``rows``, in their order.
 
-        A regression has one column named like the target. A classification has the label under
-        the target's name and probabilities as ``TARGET_probability_LABEL``: of the second label
-        in a binary task, of every label otherwise. The label is the most probable one;
-        in a binary task the second from the package's ``threshold`` on, whatever
-        `evaluate.threshold` is.
+        A regression has one column named like the target, and its conformal interval as
+        ``TARGET_low`` and ``TARGET_high``. A classification has the label under the target's name
+        and the model's probabilities as ``TARGET_probability_LABEL``: of the second label in a
+        binary task, of every label otherwise; calibrated ones as ``TARGET_calibrated_LABEL``, and
+        the conformal set as ``TARGET_set``, a JSON list of labels. What ``decide`` did not settle
+        has no column. The label is what decisions.json says: in a binary task the second from its
+        threshold on, else the most probable or least costly one.
 
         Raises:
             SchemaError: if a column is missing or has another type; all of them are named.
@@ -108,7 +110,7 @@ class Package:
         for target in self.contract.targets:
             blend = self.description.targets[target.name].blend
             values = blend.of({name: told[name][target.name] for name in blend.members})
-            columns += _columns(values, target, threshold=self.description.threshold)
+            columns += _columns(values, target, self.rules[target.name])
         return pa.Table.from_arrays(columns, schema=self.output_schema)
 
     def _ask_members(self, inputs: pa.Table) -> dict[str, Values]:
@@ -151,9 +153,10 @@ def assemble(folder: Path, *, digest: str) -> Package:
         raise IntegrityError(
             f"{folder / PACKAGE} was written for another contract; run `headrace repro`"
         )
+    rules = read_rules(folder, description)
     models = {name: load_model(folder / MODELS_FOLDER / name) for name in description.members}
     encoder = Encoder.load(folder / ENCODER_FOLDER)
-    return Package(folder, digest, description, contract, encoder, models)
+    return Package(folder, digest, description, contract, encoder, models, rules)
 
 
 def read_description(folder: Path) -> Description:
@@ -164,9 +167,9 @@ def read_description(folder: Path) -> Description:
     """
     path = folder / PACKAGE
     content = read_json(path)
-    if isinstance(content, dict) and content.get("format") != 2:
+    if isinstance(content, dict) and content.get("format") != 3:
         raise IntegrityError(
-            f"{path} has package format {content.get('format')}; this headrace reads format 2: "
+            f"{path} has package format {content.get('format')}; this headrace reads format 3: "
             f"run `headrace upgrade`, then `headrace repro`"
         )
     try:
@@ -175,16 +178,33 @@ def read_description(folder: Path) -> Description:
         raise IntegrityError(f"{path} does not describe a model package ({error})") from error
 
 
-def output_schema(targets: Sequence[Target]) -> pa.Schema:
-    """Return the columns that predictions of ``targets`` have."""
+def read_rules(folder: Path, description: Description) -> Mapping[str, Rule]:
+    """Read the rules of a package's targets.
+
+    Raises:
+        IntegrityError: if they are missing, or of other targets or models.
+    """
+    chosen = {name: one.chosen for name, one in description.targets.items()}
+    return decisions_of(folder / DECISIONS, chosen).rules
+
+
+def output_schema(targets: Sequence[Target], rules: Mapping[str, Rule]) -> pa.Schema:
+    """Return the columns that predictions of ``targets`` have, decided by ``rules``."""
     fields = []
     for target in targets:
+        rule, name = rules[target.name], target.name
         if target.task == "regression":
-            fields.append(pa.field(target.name, pa.float64()))
+            bounds = (f"{name}_low", f"{name}_high") if rule.conformal else ()
+            fields += [pa.field(column, pa.float64()) for column in (name, *bounds)]
             continue
-        fields.append(pa.field(target.name, pa.string()))
+        fields.append(pa.field(name, pa.string()))
         shown = target.labels[1:] if target.task == "binary" else target.labels
-        fields += [pa.field(f"{target.name}_probability_{label}", pa.float64()) for label in shown]
+        kinds = ("probability", "calibrated") if rule.calibration else ("probability",)
+        fields += [
+            pa.field(f"{name}_{kind}_{label}", pa.float64()) for kind in kinds for label in shown
+        ]
+        if rule.conformal:
+            fields.append(pa.field(f"{name}_set", pa.string()))
     return pa.schema(fields)
 
 
@@ -203,11 +223,34 @@ def _example_values(values: list[Any], kind: pa.DataType) -> pa.Array:
     return pa.array(values, kind) if pa.types.is_integer(kind) else pa.array(values).cast(kind)
 
 
-def _columns(values: Any, target: Target, *, threshold: float) -> list[pa.Array]:
+def _columns(values: Any, target: Target, rule: Rule) -> list[pa.Array]:
+    """Return the columns of one target in the order of ``output_schema``."""
     if target.task == "regression":
-        return [pa.array(values)]
-    labels = pa.array(target.labels, pa.string())
-    if target.task == "binary":
-        return [labels.take(pa.array((values >= threshold).astype(np.int64))), pa.array(values)]
-    best = labels.take(pa.array(np.argmax(values, axis=1)))
-    return [best, *(pa.array(np.ascontiguousarray(values[:, k])) for k in range(len(labels)))]
+        told = [values, *(rule.conformal.interval(values) if rule.conformal else ())]
+        return [pa.array(column) for column in told]
+    calibrated = rule.calibrated(values)
+    label = pa.array(target.labels, pa.string()).take(pa.array(rule.classes(calibrated)))
+    columns = [label, *_shares(values)]
+    if rule.calibration:
+        columns += _shares(calibrated)
+    if rule.conformal:
+        columns.append(_sets(rule.conformal.classes(calibrated), target))
+    return columns
+
+
+def _shares(values: Any) -> list[pa.Array]:
+    columns = values[:, None] if values.ndim == 1 else values
+    return [pa.array(np.ascontiguousarray(column)) for column in columns.T]
+
+
+def _sets(is_in: Any, target: Target) -> pa.Array:
+    """Return each row's set as a JSON list of labels; there are few different ones."""
+    different, of_row = np.unique(is_in, axis=0, return_inverse=True)
+    texts = [
+        json.dumps(
+            [label for label, is_one in zip(target.labels, row, strict=True) if is_one],
+            ensure_ascii=False,
+        )
+        for row in different
+    ]
+    return pa.array(texts, pa.string()).take(pa.array(of_row.reshape(-1)))

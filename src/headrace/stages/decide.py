@@ -31,17 +31,16 @@ from headrace.evaluation.bootstrap import (
     require_resamples,
 )
 from headrace.evaluation.calibration import Calibrated, calibrate, reliability
-from headrace.evaluation.conformal import Conformal, conform, fewest_rows
+from headrace.evaluation.comparison import interval_json
+from headrace.evaluation.conformal import conform, fewest_rows
 from headrace.evaluation.metrics import Sample
-from headrace.evaluation.rules import DECISIONS, Rule, likeliest
+from headrace.evaluation.rules import DECISIONS, Conformal, Costs, Rule, least_cost, likeliest
 from headrace.evaluation.selection import STACK, read_selection
 from headrace.evaluation.thresholds import (
-    Costs,
     Objective,
     ThresholdMetric,
     Tuned,
     compare,
-    least_cost,
     tune,
     verdict,
 )
@@ -199,6 +198,7 @@ def _settle(
     entry: dict[str, Any] = {
         "model": rule.model,
         "task": target.task,
+        "num_classes": len(target.labels),
         "unit": units.name,
         "num_units": units.count,
         "num_rows": len(sample.truth),
@@ -439,7 +439,7 @@ def _calibration_json(found: Calibrated, out_of_fold: _Rows | None) -> dict[str,
         "num_rows": 0 if out_of_fold is None else len(out_of_fold.sample.truth),
         "num_units": 0 if out_of_fold is None else out_of_fold.units.count,
         "log_loss": rounded(found.raw_log_loss),
-        "gains": {name: _interval_json(gain) for name, gain in found.gains.items()},
+        "gains": {name: interval_json(gain) for name, gain in found.gains.items()},
         "gain_on_valid": rounded(found.on_valid),
         "reliability": curves,
     }
@@ -448,7 +448,7 @@ def _calibration_json(found: Calibrated, out_of_fold: _Rows | None) -> dict[str,
 def _threshold_json(tuned: Tuned) -> dict[str, Any]:
     return {
         "used": tuned.threshold,
-        "tuned": _interval_json(tuned.best),
+        "tuned": interval_json(tuned.best),
         **_compared_json(tuned),
         "curve": [[rounded(x), rounded(y)] for x, y in tuned.curve],
     }
@@ -457,15 +457,7 @@ def _threshold_json(tuned: Tuned) -> dict[str, Any]:
 def _compared_json(found: Tuned | _Class) -> dict[str, Any]:
     return {
         "reason": found.reason,
-        "value": _interval_json(found.value),
-        "at_default": _interval_json(found.at_default),
-        "gain": _interval_json(found.gain),
+        "value": interval_json(found.value),
+        "at_default": interval_json(found.at_default),
+        "gain": interval_json(found.gain),
     }
-
-
-def _interval_json(found: Interval) -> dict[str, Any]:
-    return {
-        "value": rounded(found.value),
-        "ci_low": rounded(found.low),
-        "ci_high": rounded(found.high),
-    } | ({"reason": found.reason} if found.reason else {})

@@ -48,6 +48,13 @@ from headrace.evaluation.comparison import (
     judge,
     metrics_json,
 )
+from headrace.evaluation.decisions import (
+    Measured,
+    decision_section,
+    measure_decisions,
+    measured_json,
+    stream_decisions,
+)
 from headrace.evaluation.figures import Points, draw, interval_charts
 from headrace.evaluation.interpretation import (
     Interpretation,
@@ -65,6 +72,7 @@ from headrace.evaluation.pairs import Rank, resamples_needed
 from headrace.evaluation.plots import pictures
 from headrace.evaluation.report import ReportInputs, TargetSection, interval_text, render_report
 from headrace.evaluation.resamples import RESAMPLES, resamples_bytes
+from headrace.evaluation.rules import DECISIONS, DEFAULT, Decisions, read_decisions
 from headrace.evaluation.selection import STACK, read_selection
 from headrace.evaluation.streaming import Part, stream_bootstrap
 from headrace.evaluation.user_metrics import (
@@ -99,7 +107,6 @@ _STATED = (
     "stratify",
     "block",
     "resampling",
-    "threshold",
 )
 _UNIT_KEY = "evaluate.unit"
 _RANKS = {"best": "  best", "tied": "  tied with best"}
@@ -109,12 +116,11 @@ _DRAWN_ROWS = 50_000  # of a stream, about; charts show no more
 
 
 class EvaluateParams(Section):
-    """Section ``evaluate`` of params.yaml: how intervals are made and where a class begins."""
+    """Section ``evaluate`` of params.yaml: how intervals are made, and of what."""
 
     num_resamples: Annotated[int, Field(ge=100, le=1_000_000)] = 1000
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     unit: UnitChoice = "auto"  # what is resampled: by the split days, its groups, or rows
-    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5  # binary: probability of a predicted class
     quantile: Annotated[float, Field(gt=0, lt=1)] = 0.5  # of the pinball loss; 0.5: half the MAE
     interval: IntervalMethod = "percentile"
     # none; class: resamples keep the number of units of each class; or a column: of each value
@@ -206,14 +212,16 @@ def evaluate(
     root: Path = Path(),
     profile: Path | None = None,
     interpretation: Path | None = None,
+    decisions: Path | None = None,
 ) -> Evaluated:
     """Judge ``members`` and their blend on the test rows of ``table``.
 
-    Writes metrics.json, comparison.json, checks.json, pairs.csv, resamples.parquet, errors.json,
-    report.html, figures and plot files.
+    Writes metrics.json, comparison.json, checks.json, decisions.json, pairs.csv,
+    resamples.parquet, errors.json, report.html, figures and plot files.
     ``root`` is the project, which holds the files of ``evaluate.user_metrics``.
     ``profile`` is the data profile that ``extract`` wrote, ``interpretation`` the folder of
-    ``interpret``; the report shows them. Test rows that do not fit the memory budget are streamed;
+    ``interpret``, ``decisions`` that of ``decide``, which are measured in decisions.json; the
+    report shows them. Test rows that do not fit the memory budget are streamed;
     then charts of predictions show a share of them.
 
     Raises:
@@ -233,6 +241,8 @@ def evaluate(
     learnt = learning_section({name: read_summary(folder) for name, folder in members.items()})
     described = read_json(verify_file(profile.parent, profile.name)) if profile else None
     interpreted = read_interpretation(interpretation) if interpretation else None
+    chosen_models = {name: entry["chosen"] for name, entry in selection.items()}
+    decided = read_decisions(decisions, chosen_models) if decisions else None
     is_streamed = _is_streamed(source, folders, params, resources)
     test = _measure(source, params) if is_streamed else _read(source, params)
     recorder.dataset("test", path=table, digest=test.digest, num_rows=test.num_rows, context="test")
@@ -259,11 +269,20 @@ def evaluate(
             chosen, own = selection[target.name], user_metrics[target.name]
             if test.truth is None:
                 one = _judge_stream(
-                    target, folders, source, test, resampling, params, chosen, own, resources
+                    target,
+                    folders,
+                    source,
+                    test,
+                    resampling,
+                    params,
+                    chosen,
+                    own,
+                    decided,
+                    resources,
                 )
             else:
                 one = _judge_target(
-                    target, folders, test.truth, units, resampling, params, chosen, own
+                    target, folders, test.truth, units, resampling, params, chosen, own, decided
                 )
             judged.append(one)
             (folder / "plots").mkdir(exist_ok=True)  # DVC waits for it, of a stream too
@@ -301,6 +320,7 @@ def evaluate(
             errors,
             sections,
             checks,
+            decided,
         )
     _tell(checks, recorder)
     _record(judged, out, recorder)
@@ -342,6 +362,7 @@ class _Judgement:
     charts: Sequence[Chart]
     points: Points
     classes: Sequence[ClassScores]  # of every model
+    measured: Measured | None
     error_bound: Mapping[str, Mapping[MetricName, float]] = field(default_factory=dict)
 
 
@@ -383,6 +404,7 @@ def _judge_target(
     params: EvaluateParams,
     selection: Mapping[str, Any],
     user_metrics: Sequence[UserMetric],
+    decisions: Decisions | None,
 ) -> _Judgement:
     labels = truth.labels[target.name]
     is_labelled = ~np.isnan(labels)
@@ -399,7 +421,7 @@ def _judge_target(
         samples[model] = Sample(target.task, labels[is_labelled], values, weight, params.quantile)
         scored[model] = score_user_metrics(
             user_metrics,
-            bootstrap(samples[model], labelled_units, resampling, threshold=params.threshold),
+            bootstrap(samples[model], labelled_units, resampling, threshold=DEFAULT),
             samples[model],
             labelled_units,
             resampling,
@@ -426,12 +448,16 @@ def _judge_target(
         samples,
         labelled_units,
         confidence=params.confidence,
-        threshold=params.threshold,
+        threshold=DEFAULT,
     )
     charts = interval_charts(comparison, scored, confidence=params.confidence) + charts
     worst = worst_rows(samples[comparison.chosen], truth.row_id[is_labelled])
     classes = score_classes(scored, target, labelled_units, resampling)
-    return _Judgement(worst, comparison, scored, charts, points, classes)
+    measured = None
+    if decisions:
+        rule, entry = decisions.rules[target.name], decisions.entry(target.name)
+        measured = measure_decisions(samples[rule.model], labelled_units, resampling, rule, entry)
+    return _Judgement(worst, comparison, scored, charts, points, classes, measured)
 
 
 def _judge_stream(
@@ -443,6 +469,7 @@ def _judge_stream(
     params: EvaluateParams,
     selection: Mapping[str, Any],
     user_metrics: Sequence[UserMetric],
+    decisions: Decisions | None,
     resources: Resources,
 ) -> _Judgement:
     """Judge by Poisson resamples of rows that are read a batch at a time, once for each model."""
@@ -461,7 +488,7 @@ def _judge_stream(
             partial(parts, folder),
             target.task,
             resampling,
-            threshold=params.threshold,
+            threshold=DEFAULT,
             budget_bytes=resources.memory_budget // 2,  # the other half is for the batches
         )
         for model, folder in folders.items()
@@ -496,14 +523,18 @@ def _judge_stream(
         {model: _sample(target, rows, params) for model, rows in drawn.items()},
         Units(units.name, of_row.astype(np.int64), len(present)),
         confidence=params.confidence,
-        threshold=params.threshold,
+        threshold=DEFAULT,
     )
     bounds = {model: found.error_bound for model, found in streamed.items()}
     charts = interval_charts(comparison, scored, confidence=params.confidence) + charts
     chosen = read(folders[comparison.chosen])
     worst = worst_of((_sample(target, rows, params), rows.row_id) for rows in chosen)
     classes = score_classes(scored, target, units, resampling)
-    return _Judgement(worst, comparison, scored, charts, points, classes, bounds)
+    measured = None
+    if decisions:
+        rule, entry = decisions.rules[target.name], decisions.entry(target.name)
+        measured = stream_decisions(parts(folders[rule.model]), units, resampling, rule, entry)
+    return _Judgement(worst, comparison, scored, charts, points, classes, measured, bounds)
 
 
 def _metrics(target: Target, user_metrics: Sequence[UserMetric]) -> list[Metric]:
@@ -534,10 +565,11 @@ def _write(
     errors: Mapping[str, Any],
     sections: Sequence[PageSection],
     checks: Checks,
+    decided: Decisions | None,
 ) -> None:
     comparisons = [one.comparison for one in judged]
     resampled = "poisson" if test.truth is None else "multinomial"
-    settings = params.model_dump(mode="json") | {"resampling": resampled}
+    settings = params.model_dump(mode="json") | {"resampling": resampled, "threshold": DEFAULT}
     digests = {
         "digest of the test rows' ids": test.digest,
         "digest of the table": source.digest,
@@ -554,6 +586,7 @@ def _write(
             "num_units": test.units.count,
             "num_rows": test.num_rows,
             **{name: settings[name] for name in _STATED},
+            "threshold": DEFAULT,
             "targets": {
                 one.comparison.target: comparison_json(one.comparison)
                 | {"label_digest": test.label_digest[one.comparison.target]}
@@ -564,6 +597,7 @@ def _write(
         },
     )
     write_json(folder / CHECKS, checks.to_json())
+    write_json(folder / DECISIONS, _decisions_json(judged, source.contract))
     write_file(folder / PAIRS, pairs_csv(comparisons))
     write_file(
         folder / RESAMPLES,
@@ -578,7 +612,7 @@ def _write(
             one.comparison,
             selection[one.comparison.target],
             one.charts,
-            _target_sections(one, source.contract, interpreted, errors, checks),
+            _target_sections(one, source.contract, interpreted, errors, checks, decided),
         )
         for one in judged
     ]
@@ -608,12 +642,22 @@ def _errors(
     return errors
 
 
+def _decisions_json(judged: Sequence[_Judgement], contract: Contract) -> dict[str, Any]:
+    targets = {
+        one.comparison.target: measured_json(one.measured, contract.target(one.comparison.target))
+        for one in judged
+        if one.measured
+    }
+    return {"format": 1, "split": "test", "targets": targets}
+
+
 def _target_sections(
     one: _Judgement,
     contract: Contract,
     interpreted: Interpretation | None,
     errors: Mapping[str, Any],
     checks: Checks,
+    decided: Decisions | None,
 ) -> list[PageSection]:
     """Return what the report says of one target below its charts."""
     comparison = one.comparison
@@ -624,6 +668,16 @@ def _target_sections(
         *([of_classes] if of_classes else []),
         checks.target_section(target.name, comparison.chosen, comparison.confidence),
     ]
+    if decided and one.measured:
+        sections.append(
+            decision_section(
+                one.measured,
+                target,
+                decided.entry(target.name),
+                split=contract.split.kind if contract.split else None,
+                confidence=comparison.confidence,
+            )
+        )
     if interpreted:
         sections += interpretation_sections(interpreted, target, contract, comparison.models)
     sections.append(errors_section(errors[target.name], target, comparison.num_rows))

@@ -27,6 +27,7 @@ from headrace.data.encoder import open_encoder
 from headrace.data.incoming import InputColumn
 from headrace.errors import IntegrityError, SchemaError
 from headrace.evaluation.blend import MeanBlend, blend_of
+from headrace.evaluation.rules import DECISIONS, Rule, read_decisions
 from headrace.evaluation.selection import SELECTION, STACK
 from headrace.lineage import code_files
 from headrace.models.package import (
@@ -87,13 +88,14 @@ def publish(
     encoded: Path,
     members: Mapping[str, Path],
     stack: Path,
+    decisions: Path,
     out: Path,
     params: PublishParams,
     *,
     resources: Resources,  # noqa: ARG001 -- every stage has it; this one holds one model at a time
     recorder: Recorder,
 ) -> Published:
-    """Write the package of the models that ``stack`` chose.
+    """Write the package of the models that ``stack`` chose, with what ``decide`` settled.
 
     Raises:
         IntegrityError: if an input is damaged, or a member or the encoder is of another contract.
@@ -107,12 +109,15 @@ def publish(
         inputs=_inputs(verify_file(table, _PLAN), contract),
         targets=mixtures,
     )
-    _refuse_double_outputs(contract)
+    chosen = {name: one.chosen for name, one in mixtures.items()}
+    decided = read_decisions(decisions, chosen)
+    _refuse_double_outputs(contract, decided.rules)
     with new_folder(out) as folder:
         _copy_encoder(encoded, folder / ENCODER_FOLDER, contract)
         for name in description.members:
             _copy_member(members[name], folder / MODELS_FOLDER / name, contract)
         write_file(folder / CONTRACT, contract.to_json())
+        shutil.copyfile(decisions / DECISIONS, folder / DECISIONS)
         write_json(folder / PACKAGE, description.model_dump(mode="json"))
         write_json(folder / EXAMPLE, _example(table, description.inputs, params.example_rows))
         kinds = {read_json(members[name] / MODEL_JSON)["kind"] for name in description.members}
@@ -181,8 +186,8 @@ def _inputs(plan: Path, contract: Contract) -> tuple[InputColumn, ...]:
     )
 
 
-def _refuse_double_outputs(contract: Contract) -> None:
-    names = output_schema(contract.targets).names
+def _refuse_double_outputs(contract: Contract, rules: Mapping[str, Rule]) -> None:
+    names = output_schema(contract.targets, rules).names
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
         raise SchemaError(
