@@ -156,8 +156,9 @@ def test_the_sections_hold_all_findings(honest):
     assert len(section.charts[0].traces[0]["x"]) == 10
     slices = section.tables[1]
     assert "expected there" in slices.headings
-    assert {row[-1] for row in slices.rows} == {"worse", "alike"}
+    assert {row[1] for row in slices.rows} == {"worse", "alike"}
     assert slices.rows[0][0].startswith("x: ")
+    assert "from resamples of 500 rows." in slices.note
 
 
 def test_threads_and_streaming_change_nothing(tmp_path, honest):
@@ -277,3 +278,30 @@ def test_a_large_table_is_checked_in_seconds(tmp_path):
         assert all(drawn < 52_000 for drawn, _ in checks.num_rows.values())
     assert seconds[0] < 20
     assert seconds[1] < 1.7 * seconds[0]
+
+
+def test_a_target_without_drawn_labels_is_unknown(tmp_path):
+    """Few labels, and none among the rows that were drawn: told, and no error."""
+    made = Made()
+    table, model = made.write(tmp_path)
+    path = table.folder / "test" / "part-00000.parquet"
+    rows = pq.read_table(path)
+    nothing = pa.nulls(rows.num_rows, rows["late"].type)
+    place = rows.schema.get_field_index("late")
+    pq.write_table(rows.set_column(place, "late", nothing), path)
+    checks = run_checks(
+        table,
+        {"model": model},
+        {"late": "model"},
+        None,
+        Units("row", np.arange(500), 500),
+        RESAMPLING,
+        unit="auto",
+        key="evaluate.unit",
+        slices=(),
+        interpreted=None,
+        budget_bytes=1 << 26,
+    )
+    found = verdicts(checks)
+    assert found["target distribution", "late"] == found["predictions", "late"] == "unknown"
+    assert checks.target_section("late", "model", 0.95).charts == ()

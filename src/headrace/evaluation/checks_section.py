@@ -70,24 +70,23 @@ def _slices_tables(slices: Slices, chosen: str, confidence: float) -> tuple[Tabl
     is_expected = any(one.expected is not None for one in slices.worst)
     headings = (
         "slice",
+        "the model is",
         "rows",
         f"{slices.loss} there",
         *(("expected there",) if is_expected else ()),
         "elsewhere",
         "difference",
-        f"low ({100 * confidence:.4g} %)",
+        "low",
         "high",
         "prediction − truth",
         "p, Holm",
-        "the model is",
     )
-    rows = tuple(
-        (*_slice_row(one, is_expected=is_expected), _said(one, confidence)) for one in slices.worst
-    )
+    rows = tuple(_slice_row(one, confidence, is_expected=is_expected) for one in slices.worst)
     note = (
         f"{len(rows)} of {slices.num_tested} slices tested: first those the model is off on, then "
-        f"by p-value, one-sided and corrected over all by Holm's method. The interval is of one "
-        f"slice alone, from resamples of the units."
+        f"by p-value, one-sided and corrected over all by Holm's method. The "
+        f"{100 * confidence:.4g} % interval is of one slice alone, from resamples of "
+        f"{slices.units}."
     )
     if is_expected:
         note += (
@@ -97,7 +96,7 @@ def _slices_tables(slices: Slices, chosen: str, confidence: float) -> tuple[Tabl
     return (Table(f"Slices on which {chosen} is worst", headings, rows, note),)
 
 
-def _slice_row(one: Slice, *, is_expected: bool) -> tuple[Cell, ...]:
+def _slice_row(one: Slice, confidence: float, *, is_expected: bool) -> tuple[Cell, ...]:
     change = one.difference
     numbers = (
         one.value,
@@ -109,7 +108,8 @@ def _slice_row(one: Slice, *, is_expected: bool) -> tuple[Cell, ...]:
         one.bias,
         one.p_holm,
     )
-    return (": ".join(one.name), one.num_rows, *(rounded(number) for number in numbers))
+    told = (": ".join(one.name), _said(one, confidence), one.num_rows)
+    return (*told, *(rounded(number) for number in numbers))
 
 
 def _said(one: Slice, confidence: float) -> str:

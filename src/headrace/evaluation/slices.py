@@ -84,6 +84,7 @@ class Slices:
     """
 
     loss: str
+    units: str  # what is resampled, and how many there are
     worst: tuple[Slice, ...]
     num_tested: int
     num_worse: int
@@ -129,6 +130,7 @@ def find_slices(
     )
     return Slices(
         loss_name(sample.task),
+        str(units),
         tuple(_with_intervals(ranked[:SHOWN], rows, units, resampling)),
         len(ranked),
         sum(one.is_worse(alpha) for one, _ in ranked),

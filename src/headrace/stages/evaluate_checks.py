@@ -309,7 +309,7 @@ def _check_target(
     findings = [_target_finding(target, labels, known, drawn, by_time=by_time)]
     if not known["test"].any():
         reason = "None of the test rows that were drawn has a label."
-        unchecked = Slices(loss_name(target.task), (), 0, 0, 0, {})
+        unchecked = Slices(loss_name(target.task), "0 rows", (), 0, 0, 0, {})
         return [*findings, Finding("predictions", target.name, "unknown", reason)], unchecked
     predicted = {
         model: drawn_predictions(folder, target, test)[known["test"]]
