@@ -37,6 +37,7 @@ ThresholdMetric = Literal["f1", "balanced_accuracy", "mcc", "accuracy"]
 
 _CHUNK = 16  # resamples that one thread takes at a time
 _DRAWN = 200  # points of the curve that is written
+_SWEPT = 2000  # thresholds that a resample tries at most
 
 
 @dataclass(frozen=True)
@@ -207,35 +208,42 @@ class Sweep:
         if different[-1] >= 1:  # no threshold is above it
             self._starts, self.thresholds = self._starts[:-1], self.thresholds[:-1]
 
-    def values(self, weight: Floats) -> Floats:
-        """Return the objective at every threshold, NaN where it is undefined."""
+    def values(self, weight: Floats, places: Codes | None = None) -> Floats:
+        """Return the objective at every threshold, or at some; NaN where it is undefined."""
+        starts = self._starts if places is None else self._starts[places]
         positive = np.r_[0.0, np.cumsum(weight * self._is_positive)]
         negative = np.r_[0.0, np.cumsum(weight * ~self._is_positive)]
-        miss, rest = positive[self._starts], negative[self._starts]
+        miss, rest = positive[starts], negative[starts]
         confusion = np.stack([rest, negative[-1] - rest, miss, positive[-1] - miss], axis=-1)
         found: Floats = self._objective.of_confusion(confusion.reshape(-1, 2, 2))
         return found
 
-    def best(self, weight: Floats) -> float | None:
-        """Return the best threshold, None if the objective has no value at any."""
-        values = self._objective.sign * self.values(weight)
+    def best(self, weight: Floats, places: Codes | None = None) -> float | None:
+        """Return the best threshold, or of some; None if the objective has no value at any."""
+        values = self._objective.sign * self.values(weight, places)
         values[np.isnan(values)] = -np.inf
         high = values.max()
         if high == -np.inf:
             return None
         # Equal but for rounding of sums.
-        ties = self.thresholds[values >= high - 1e-12 * max(1.0, abs(high))]
+        thresholds = self.thresholds if places is None else self.thresholds[places]
+        ties = thresholds[values >= high - 1e-12 * max(1.0, abs(high))]
         return float(ties[np.argmin(np.abs(ties - DEFAULT))])
 
     def resampled(self, resampling: Resampling) -> Floats:
-        """Return the best threshold of each resample (B,), NaN where there is none."""
+        """Return the best threshold of each resample (B,), NaN where there is none.
+
+        Of more than ``_SWEPT`` thresholds every so many-th is tried: the interval of a threshold is
+        far wider than the gaps between them.
+        """
+        places = _spread(len(self.thresholds), _SWEPT)
         found = np.full(resampling.num_resamples, np.nan)
 
         def run(first: int) -> None:
             size = min(_CHUNK, resampling.num_resamples - first)
             drawn = counts(self._units, resampling, first=first, num_resamples=size)
             for number, count in enumerate(drawn):
-                best = self.best(self.weight * count[self._unit])
+                best = self.best(self.weight * count[self._unit], places)
                 found[first + number] = np.nan if best is None else best
 
         with ThreadPoolExecutor(resampling.threads) as pool:
@@ -246,9 +254,13 @@ class Sweep:
         """Return thresholds and values, at most ``_DRAWN`` of them, where there is a value."""
         values = self.values(self.weight)
         present = np.flatnonzero(~np.isnan(values))
-        places = np.unique(np.linspace(0, len(present) - 1, _DRAWN).astype(np.int64))
-        kept = present[places]
+        kept = present[_spread(len(present), _DRAWN)]
         return tuple(zip(self.thresholds[kept].tolist(), values[kept].tolist(), strict=True))
+
+
+def _spread(count: int, most: int) -> Codes:
+    """Return ``most`` places of ``count``, evenly spread, the first and the last among them."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64))
 
 
 def _between(low: Floats, high: Floats) -> Floats:
