@@ -361,6 +361,8 @@ def test_the_section_says_what_is_guaranteed(split, message):
         threshold={"reason": "0.3: gains", "tuned": tuned, "curve": [[0.2, 0.5], [0.3, 0.6]]},
         calibration={
             "reason": "temperature",
+            "chosen": "temperature",
+            "tried": "temperature",
             "reliability": {
                 "before": {"predicted": [0.1, 0.9], "observed": [0.2, 0.8]},
                 "after": {"predicted": [0.2, 0.8], "observed": [0.2, 0.8]},
@@ -374,6 +376,6 @@ def test_the_section_says_what_is_guaranteed(split, message):
     assert any(re.search(message, text) for text in section.text)
     assert [chart.name for chart in section.charts] == ["threshold", "reliability"]
     assert "0.2 to 0.4" in section.charts[0].alternative
-    assert "raw 0.1, calibrated, cross-fitted 0" in section.charts[1].alternative
+    assert "raw 0.1, temperature, cross-fitted 0" in section.charts[1].alternative
     assert section.tables[0].rows[0][0] == "F1"
     assert section.tables[1].rows[0][:2] == ("coverage", 0.9)

@@ -50,6 +50,7 @@ class Calibrated:
     gains: Mapping[Method, Interval]
     raw_log_loss: float | None = None
     on_valid: float | None = None
+    tried: Method | None = None  # the better map
     cross_fitted: Sample | None = None
 
 
@@ -82,22 +83,24 @@ def calibrate(
     }
     best = max(gains, key=lambda name: gains[name].value or 0.0)
     gain = gains[best]
-    found = Calibrated(None, "", gains, raw.points["log_loss"], None, honest[best])
+    found = Calibrated(None, "", gains, raw.points["log_loss"], None, best, honest[best])
     if gain.value is None or gain.low is None or gain.high is None:
         return replace(found, reason=f"none: the gain has no interval ({gain.reason})")
+    what = "excludes 0" if gain.low > 0 else "includes 0" if gain.high >= 0 else "is below 0"
     told = (
-        f"{best} takes {gain.value:.3g} [{gain.low:.3g}, {gain.high:.3g}] off the log-loss of "
-        f"out-of-fold rows, cross-fitted, {100 * resampling.confidence:.4g} % interval over {units}"
+        f"what {best} takes off the log-loss of out-of-fold rows, cross-fitted, {what}: "
+        f"{gain.value:.3g} [{gain.low:.3g}, {gain.high:.3g}], "
+        f"{100 * resampling.confidence:.4g} % interval over {units}"
     )
     if gain.low <= 0:
-        return replace(found, reason=f"none: {told}, which includes 0 or is below it")
+        return replace(found, reason=f"none: {told}")
     fitted = fits[best](rows)
     calibrated = replace(valid, prediction=fitted.of(valid.prediction))
     on_valid = score("log_loss", valid) - score("log_loss", calibrated)
     if on_valid < 0:
-        harm = f"but adds {-on_valid:.3g} to that of valid rows"
-        return replace(found, reason=f"none: {told}, {harm}", on_valid=on_valid)
-    return replace(found, map=fitted, reason=told, on_valid=on_valid)
+        harm = f"but it adds {-on_valid:.3g} to that of valid rows"
+        return replace(found, reason=f"none: {told}; {harm}", on_valid=on_valid)
+    return replace(found, map=fitted, reason=f"{best}: {told}", on_valid=on_valid)
 
 
 def fit_temperature(sample: Sample) -> Temperature:

@@ -225,7 +225,7 @@ def _measured(
 
     def judged(value: Callable[[Floats], Any], sign: int = 1) -> Interval:
         with np.errstate(invalid="ignore", divide="ignore"):
-            point, drawn = sign * value(total_K), sign * value(sums_BK)
+            point, drawn = sign * value(total_K) + 0.0, sign * value(sums_BK) + 0.0  # no −0
         return interval(float(point), drawn, units, resampling)
 
     def pair(first: Callable[[Floats], Any], second: Callable[[Floats], Any], sign: int) -> Pair:
@@ -293,14 +293,15 @@ def _pair_table(measured: Measured, target: Target, percent: str) -> Table | Non
         rows.append(("log-loss", *_pair_cells(measured.log_loss)))
     if not rows:
         return None
-    usual, ruled = ("at 0.5", f"at {measured.rule.threshold:.4g}")
+    usual, ruled = "at 0.5", f"at {measured.rule.threshold:.4g}"
     if target.task == "multiclass":
         usual, ruled = "likeliest class", "as decided"
-    calibration = measured.rule.calibration
+    if calibration := measured.rule.calibration:
+        usual, ruled = f"{usual}, raw", f"{ruled}, calibrated"
     return Table(
         title="The usual way and as decided",
         headings=(
-            "metric", f"{usual}, raw", "low", "high", f"{ruled}, calibrated", "low", "high",
+            "metric", usual, "low", "high", ruled, "low", "high",
             f"gain ({percent})", "low", "high",
         ),
         rows=tuple(rows),
@@ -317,7 +318,7 @@ def _coverage_table(measured: Measured, target: Target, percent: str) -> Table |
         title="Coverage of prediction intervals"
         if target.task == "regression"
         else "Coverage of sets of classes",
-        headings=("", "asked for", "measured", f"low ({percent})", "high"),
+        headings=("measure", "asked for", "measured", f"low ({percent})", "high"),
         rows=(
             ("coverage", limit.coverage, *_cells(measured.coverage)),
             (what, None, *_cells(measured.size)),
@@ -369,7 +370,9 @@ def _reliability_chart(target: Target, entry: Mapping[str, Any]) -> Chart | None
     curves = entry.get("calibration", {}).get("reliability")
     if not curves:
         return None
-    names = {"before": "raw", "after": "calibrated, cross-fitted"}
+    calibration = entry["calibration"]
+    used = "" if calibration["chosen"] == calibration["tried"] else ", not used"
+    names = {"before": "raw", "after": f"{calibration['tried']}, cross-fitted{used}"}
     traces = [
         {
             "type": "scatter",
@@ -380,7 +383,7 @@ def _reliability_chart(target: Target, entry: Mapping[str, Any]) -> Chart | None
             "tone": number,
             "hovertemplate": "predicted %{x:.4g}, observed %{y:.4g}<extra>%{fullData.name}</extra>",
         }
-        for number, (when, curve) in enumerate(curves.items())
+        for number, (when, curve) in enumerate((name, curves[name]) for name in names)
     ]
     perfect = {
         "type": "scatter", "mode": "lines", "x": [0, 1], "y": [0, 1], "tone": "soft",
@@ -388,7 +391,7 @@ def _reliability_chart(target: Target, entry: Mapping[str, Any]) -> Chart | None
     }  # fmt: skip
     off = {
         names[when]: float(np.abs(np.subtract(curve["predicted"], curve["observed"])).mean())
-        for when, curve in curves.items()
+        for when, curve in ((name, curves[name]) for name in names)
     }
     is_binary = target.task == "binary"
     which = (
@@ -396,7 +399,7 @@ def _reliability_chart(target: Target, entry: Mapping[str, Any]) -> Chart | None
     )
     return Chart(
         name="reliability",
-        title="Reliability before and after calibration, out-of-fold rows",
+        title="Reliability, out-of-fold rows",
         alternative=(
             "Rows in ten bins of equally many; mean distance of probability and share: "
             + ", ".join(f"{name} {value:.3g}" for name, value in off.items())

@@ -434,6 +434,7 @@ def _calibration_json(found: Calibrated, out_of_fold: _Rows | None) -> dict[str,
         }
     return {
         "chosen": found.map.kind if found.map else "none",
+        "tried": found.tried,
         "reason": found.reason,
         "rows": "out_of_fold",
         "num_rows": 0 if out_of_fold is None else len(out_of_fold.sample.truth),
