@@ -1,16 +1,23 @@
 """The command line: every error is one line and an exit code; help is light."""
 
+import inspect
 import os
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from headrace.cli import app
+from headrace.commands.settings import read_settings
+from headrace.commands.stage import call_stage
 from headrace.errors import ConfigError
+from headrace.params import Resources
+from headrace.project import Project
+from headrace.record import MemoryRecorder
 
 HEADRACE = Path(sys.executable).with_name("headrace")
 
@@ -193,3 +200,24 @@ def test_figures_that_cannot_be_written_are_refused_before_anything_is_measured(
     done = CliRunner().invoke(app, [command, "--json", file])
     assert isinstance(done.exception, ConfigError)
     assert re.search(told, str(done.exception))
+
+
+@pytest.mark.parametrize("stage", ["stack", "decide", "interpret", "evaluate", "publish"])
+def test_every_stage_gets_the_folders_that_it_takes(
+    project: Path, stage: str, monkeypatch: pytest.MonkeyPatch
+):
+    """The command calls the stage's function by its signature, each folder in its place."""
+    module = import_module(f"headrace.stages.{stage}")
+    signature = inspect.signature(getattr(module, stage))
+    monkeypatch.setattr(module, stage, lambda *given, **named: signature.bind(*given, **named))
+    own = Project(project)
+    settings = read_settings(own)
+    bound = call_stage(
+        own, stage, settings, settings.section(stage), Resources(), MemoryRecorder(), None
+    ).arguments
+
+    made_by = {"table": "reduce", "encoded": "encode", "stack": "stack", "decisions": "decide"}
+    made_by |= {"interpretation": "interpret", "out": stage}
+    for name in made_by.keys() & bound.keys():
+        assert bound[name] == own.data(made_by[name])
+    assert bound["members"] == {"baseline": own.data("train@baseline")}

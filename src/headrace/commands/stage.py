@@ -93,7 +93,9 @@ def _run(project: Project, stage: str, launch: "Launch | None", resume: Path | N
         with _watch(family, settings.resources.memory_budget, stopper) as watch:
             try:
                 with _joined(launch):
-                    result = _call(project, stage, settings, section, resources, journal, resume)
+                    result = call_stage(
+                        project, stage, settings, section, resources, journal, resume
+                    )
             finally:
                 journal.peak_bytes = watch.peak_bytes
         return result
@@ -274,7 +276,7 @@ class _Stopper:
         os._exit(self._error.exit_code)
 
 
-def _call(
+def call_stage(
     project: Project,
     stage: str,
     settings: Settings,
@@ -283,6 +285,7 @@ def _call(
     recorder: Recorder,
     resume: Path | None,
 ) -> Any:
+    """Call the function of ``stage`` with the folders and the section that it takes."""
     from importlib import import_module
 
     name, _, model = stage.partition("@")
@@ -321,6 +324,8 @@ def _call(
         told |= {"root": project.root, "profile": profile, "interpretation": data("interpret")}
         told["decisions"] = data("decide")
         return run(table, members, data("stack"), out, section, **told)
+    if name == "interpret":
+        return run(table, encoded, members, data("stack"), out, section, **told)
     return run(table, encoded, members, data("stack"), data("decide"), out, section, **told)
 
 
