@@ -278,8 +278,8 @@ def test_the_limit_is_the_rank_with_one_row_more():
     errors = np.arange(1.0, 20.0)
     sample = Sample("regression", errors, np.zeros(19))
 
-    assert conform(sample, 0.9).limit == 18
-    assert conform(sample.where(errors <= 9), 0.9).limit == 9
+    assert 18 <= conform(sample, 0.9).limit == pytest.approx(18)
+    assert conform(sample.where(errors <= 9), 0.9).limit == pytest.approx(9)
     assert conform(sample.where(errors <= 8), 0.9) is None
     assert fewest_rows(0.9) == 9
 

@@ -140,7 +140,7 @@ def fit_isotonic(sample: Sample) -> Isotonic:
     fitted = IsotonicRegression(y_min=least, y_max=1 - least, out_of_bounds="clip")
     fitted.fit(sample.prediction, sample.truth, sample.weight)
     return Isotonic(
-        raw=tuple(fitted.X_thresholds_.astype(np.float64).tolist()),
+        raw=tuple(rounded(float(x)) for x in fitted.X_thresholds_),
         calibrated=tuple(rounded(float(y)) for y in fitted.y_thresholds_),
     )
 

@@ -17,6 +17,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from headrace.evaluation.blend import rounded
 from headrace.evaluation.metrics import Sample
 from headrace.evaluation.rules import Conformal, of_classes
 
@@ -29,9 +30,9 @@ def conform(sample: Sample, coverage: float) -> Conformal | None:
     place = _place(len(scores), coverage)
     if place > len(scores):
         return None
-    return Conformal(
-        coverage=coverage, limit=float(max(0.0, scores[place - 1])), num_rows=len(scores)
-    )
+    # Written to 12 digits, upwards: the row that sets the limit stays within it.
+    limit = rounded(float(max(0.0, scores[place - 1])) * (1 + 1e-11))
+    return Conformal(coverage=coverage, limit=limit, num_rows=len(scores))
 
 
 def fewest_rows(coverage: float) -> int:

@@ -737,7 +737,7 @@ def _record(judged: Sequence[_Judgement], out: Path, recorder: Recorder) -> None
         recorder.note(_note(comparison))
     for picture in sorted((out / "figures").iterdir()):
         recorder.file(picture, folder="figures")
-    for name in ("comparison.json", PAIRS, RESAMPLES):
+    for name in ("comparison.json", DECISIONS, PAIRS, RESAMPLES):
         recorder.file(out / name)
 
 
