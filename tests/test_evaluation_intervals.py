@@ -209,7 +209,9 @@ def test_a_reason_is_kept_where_there_is_no_value_either():
         dict.fromkeys(names, nothing),
         no_interval={"mae": "needs all rows in memory"},
     )
-    judged = judge({"one": scored}, "one", "regression", rows(50), Resampling(200, 0.95, 0))
+    judged = judge(
+        {"one": scored}, "one", METRICS["regression"], rows(50), Resampling(200, 0.95, 0)
+    )
     reasons = {one.metric.name: one.estimate.reason for one in judged}
     assert reasons["mae"] == "needs all rows in memory"
     assert reasons["r2"] == "the truth is constant"

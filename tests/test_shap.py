@@ -55,7 +55,11 @@ def test_of_a_bag_they_add_up_to_the_mean_of_its_fits(fits):
     found = shap_values(bag, rows)
     delay = found["delay"].values_BFO.sum(axis=1) + found["delay"].base_O
     late = found["late"].values_BFO.sum(axis=1) + found["late"].base_O
-    log_odds = np.mean([raw(one.predict(rows)["late"]) for one in members.values()], axis=0)
+    log_odds = np.average(
+        [raw(one.predict(rows)["late"]) for one in members.values()],
+        axis=0,
+        weights=list(bag.weights.values()),
+    )
 
     assert delay[:, 0] == pytest.approx(bag.predict(rows)["delay"])
     assert late[:, 0] == pytest.approx(log_odds)
