@@ -5,11 +5,8 @@ model leads each table was settled by ``stack``, without them. One run is one lo
 told to the recorder once, by the digest of the test rows' ids.
 """
 
-import csv
-import io
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -18,13 +15,11 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field, model_validator
 
-from headrace.data.alignment import Aligned, Counted, measure, read_share, stream_aligned
-from headrace.data.lookup import rows_by_id
+from headrace.data.alignment import Aligned, measure, read_share, stream_aligned
 from headrace.data.predictions import bytes_held, read_predictions
 from headrace.data.table import Table, open_table
 from headrace.data.truth import Truth, UnitChoice, label_bytes, line_up, read_truth, unit_bytes
 from headrace.errors import ConfigError, DataError, ResourceError, nearest
-from headrace.evaluation.blend import rounded
 from headrace.evaluation.bootstrap import (
     FEW_UNITS,
     IntervalMethod,
@@ -36,43 +31,26 @@ from headrace.evaluation.bootstrap import (
     require_resamples,
 )
 from headrace.evaluation.classes import (
-    ClassScores,
-    classes_json,
-    classes_section,
     score_classes,
 )
 from headrace.evaluation.comparison import (
     Comparison,
     all_pairs,
-    comparison_json,
     judge,
-    metrics_json,
 )
 from headrace.evaluation.decisions import (
-    Measured,
-    decision_section,
     measure_decisions,
-    measured_json,
     stream_decisions,
 )
-from headrace.evaluation.figures import Points, draw, interval_charts
+from headrace.evaluation.figures import draw, interval_charts
 from headrace.evaluation.interpretation import (
-    Interpretation,
     attention_section,
-    errors_section,
-    interpretation_sections,
     read_interpretation,
 )
 from headrace.evaluation.learning import learning_section, read_summary
-from headrace.evaluation.metrics import METRICS, Metric, MetricName, Sample
-from headrace.evaluation.page import Chart
-from headrace.evaluation.page import Section as PageSection
-from headrace.evaluation.pair_section import PAIRS, pair_section, pairs_csv
+from headrace.evaluation.metrics import METRICS, Metric, Sample
 from headrace.evaluation.pairs import Rank, resamples_needed
-from headrace.evaluation.plots import pictures
-from headrace.evaluation.report import ReportInputs, TargetSection, interval_text, render_report
-from headrace.evaluation.resamples import RESAMPLES, resamples_bytes
-from headrace.evaluation.rules import DECISIONS, DEFAULT, Decisions, read_decisions
+from headrace.evaluation.rules import DEFAULT, Decisions, read_decisions
 from headrace.evaluation.selection import STACK, read_selection
 from headrace.evaluation.streaming import Part, stream_bootstrap
 from headrace.evaluation.user_metrics import (
@@ -83,31 +61,29 @@ from headrace.evaluation.user_metrics import (
     score_user_metrics,
     without_rows,
 )
-from headrace.evaluation.worst import SHOWN_COLUMNS, WorstRows, worst_json, worst_of, worst_rows
+from headrace.evaluation.worst import worst_of, worst_rows
 from headrace.memory import format_bytes
 from headrace.params import Resources, Section
 from headrace.record import Recorder
 from headrace.schema import Contract, Target, file_stem
-from headrace.stages.evaluate_checks import CHECKS, Checks, run_checks
+from headrace.stages.evaluate_checks import Checks, run_checks
+from headrace.stages.evaluate_files import (
+    Judgement,
+    TestRows,
+    record_results,
+    worst_errors,
+    write_files,
+    write_plot_files,
+)
 from headrace.storage import (
     digest_bytes,
     new_folder,
     read_json,
     verify_file,
     verify_folder,
-    write_file,
     write_json,
 )
 
-_STATED = (
-    "num_resamples",
-    "seed",
-    "confidence",
-    "interval",
-    "stratify",
-    "block",
-    "resampling",
-)
 _UNIT_KEY = "evaluate.unit"
 _RANKS = {"best": "  best", "tied": "  tied with best"}
 _NO_ROWS = np.empty(0, np.int64)
@@ -261,7 +237,7 @@ def evaluate(
     resampling = Resampling(
         params.num_resamples, params.confidence, params.seed, resources.threads, params.interval
     )
-    judged: list[_Judgement] = []
+    judged: list[Judgement] = []
     with new_folder(out) as folder:
         for target in source.contract.targets:
             stem = file_stem(target.name)
@@ -286,8 +262,8 @@ def evaluate(
                 )
             judged.append(one)
             (folder / "plots").mkdir(exist_ok=True)  # DVC waits for it, of a stream too
-            _write_plot_files(folder / "plots", stem, one.points)
-        errors = _errors(judged, source, interpreted)
+            write_plot_files(folder / "plots", stem, one.points)
+        errors = worst_errors(judged, source, interpreted)
         write_json(folder / "errors.json", {"format": 1, "split": "test", "targets": errors})
         checks = run_checks(
             source,
@@ -308,13 +284,13 @@ def evaluate(
             attention_section(interpreted) if interpreted else None,
         ]
         sections = [section for section in of_run if section is not None]
-        _write(
+        write_files(
             folder,
             judged,
             selection,
             source,
             test,
-            params,
+            params.model_dump(mode="json"),
             described,
             interpreted,
             errors,
@@ -323,7 +299,7 @@ def evaluate(
             decided,
         )
     _tell(checks, recorder)
-    _record(judged, out, recorder)
+    record_results(judged, out, recorder)
     if is_streamed:
         recorder.note(_streamed_note(judged))
     return Evaluated(
@@ -335,42 +311,11 @@ def evaluate(
     )
 
 
-@dataclass(frozen=True)
-class _TestRows:
-    """What is known of the test rows: ``truth`` if they are in memory, else ``labelled`` counts."""
-
-    digest: str
-    num_rows: int
-    units: Units
-    truth: Truth | None
-    labelled: Mapping[str, Counted]
-    label_digest: Mapping[str, str]  # per target
-    unit_digest: str
-
-
-@dataclass(frozen=True)
-class _Judgement:
-    """All that is known of one target; ``points`` are the lines of its plot files.
-
-    Of a stream, charts and points are of a share of the rows, and bounds say how far its bins of
-    scores can have moved each model's metrics.
-    """
-
-    worst: WorstRows  # of the chosen model
-    comparison: Comparison
-    scored: Mapping[str, Scored]
-    charts: Sequence[Chart]
-    points: Points
-    classes: Sequence[ClassScores]  # of every model
-    measured: Measured | None
-    error_bound: Mapping[str, Mapping[MetricName, float]] = field(default_factory=dict)
-
-
-def _read(source: Table, params: EvaluateParams) -> _TestRows:
+def _read(source: Table, params: EvaluateParams) -> TestRows:
     strata = _strata_column(source.contract, params)
     truth = read_truth(source, "test", unit=params.unit, key=_UNIT_KEY, strata=strata)
     digests = {name: digest_bytes(label_bytes(truth, name)) for name in truth.labels}
-    return _TestRows(
+    return TestRows(
         digest=truth.digest,
         num_rows=len(truth.row_id),
         units=_units(truth, params),
@@ -381,10 +326,10 @@ def _read(source: Table, params: EvaluateParams) -> _TestRows:
     )
 
 
-def _measure(source: Table, params: EvaluateParams) -> _TestRows:
+def _measure(source: Table, params: EvaluateParams) -> TestRows:
     size = measure(source, "test", unit=params.unit, key=_UNIT_KEY)
     units = Units(size.unit, _NO_ROWS, size.rows.num_units)
-    return _TestRows(
+    return TestRows(
         digest=size.digest,
         num_rows=size.rows.num_rows,
         units=units,
@@ -405,7 +350,7 @@ def _judge_target(
     selection: Mapping[str, Any],
     user_metrics: Sequence[UserMetric],
     decisions: Decisions | None,
-) -> _Judgement:
+) -> Judgement:
     labels = truth.labels[target.name]
     is_labelled = ~np.isnan(labels)
     _require_labels(target, int(is_labelled.sum()), len(labels))
@@ -457,21 +402,21 @@ def _judge_target(
     if decisions:
         rule, entry = decisions.rules[target.name], decisions.entry(target.name)
         measured = measure_decisions(samples[rule.model], labelled_units, resampling, rule, entry)
-    return _Judgement(worst, comparison, scored, charts, points, classes, measured)
+    return Judgement(worst, comparison, scored, charts, points, classes, measured)
 
 
 def _judge_stream(
     target: Target,
     folders: Mapping[str, Path],
     source: Table,
-    test: _TestRows,
+    test: TestRows,
     resampling: Resampling,
     params: EvaluateParams,
     selection: Mapping[str, Any],
     user_metrics: Sequence[UserMetric],
     decisions: Decisions | None,
     resources: Resources,
-) -> _Judgement:
+) -> Judgement:
     """Judge by Poisson resamples of rows that are read a batch at a time, once for each model."""
     labelled = test.labelled[target.name]
     _require_labels(target, labelled.num_rows, test.num_rows)
@@ -534,7 +479,7 @@ def _judge_stream(
     if decisions:
         rule, entry = decisions.rules[target.name], decisions.entry(target.name)
         measured = stream_decisions(parts(folders[rule.model]), units, resampling, rule, entry)
-    return _Judgement(worst, comparison, scored, charts, points, classes, measured, bounds)
+    return Judgement(worst, comparison, scored, charts, points, classes, measured, bounds)
 
 
 def _metrics(target: Target, user_metrics: Sequence[UserMetric]) -> list[Metric]:
@@ -553,150 +498,7 @@ def _require_labels(target: Target, num_labelled: int, num_rows: int) -> None:
         )
 
 
-def _write(
-    folder: Path,
-    judged: Sequence[_Judgement],
-    selection: Mapping[str, Mapping[str, Any]],
-    source: Table,
-    test: _TestRows,
-    params: EvaluateParams,
-    described: Any,
-    interpreted: Interpretation | None,
-    errors: Mapping[str, Any],
-    sections: Sequence[PageSection],
-    checks: Checks,
-    decided: Decisions | None,
-) -> None:
-    comparisons = [one.comparison for one in judged]
-    resampled = "poisson" if test.truth is None else "multinomial"
-    settings = params.model_dump(mode="json") | {"resampling": resampled, "threshold": DEFAULT}
-    digests = {
-        "digest of the test rows' ids": test.digest,
-        "digest of the table": source.digest,
-        "digest of the data contract": source.contract.digest,
-    }
-    write_json(folder / "metrics.json", metrics_json(comparisons))
-    write_json(
-        folder / "comparison.json",
-        {
-            "format": 1,
-            "split_digest": test.digest,
-            "unit_digest": test.unit_digest,
-            "unit": test.units.name,
-            "num_units": test.units.count,
-            "num_rows": test.num_rows,
-            **{name: settings[name] for name in _STATED},
-            "threshold": DEFAULT,
-            "targets": {
-                one.comparison.target: comparison_json(one.comparison)
-                | {"label_digest": test.label_digest[one.comparison.target]}
-                | ({"classes": classes_json(one.classes)} if one.classes else {})
-                | _bounds_json(one)
-                for one in judged
-            },
-        },
-    )
-    write_json(folder / CHECKS, checks.to_json())
-    write_json(folder / DECISIONS, _decisions_json(judged, source.contract))
-    write_file(folder / PAIRS, pairs_csv(comparisons))
-    write_file(
-        folder / RESAMPLES,
-        resamples_bytes({one.comparison.target: one.scored for one in judged}),
-    )
-    for one in judged:
-        stem = file_stem(one.comparison.target)
-        for figure in pictures(one.comparison, confidence=params.confidence):
-            write_file(folder / "figures" / f"{stem}_{figure.name}.svg", figure.file_text())
-    targets = [
-        TargetSection(
-            one.comparison,
-            selection[one.comparison.target],
-            one.charts,
-            _target_sections(one, source.contract, interpreted, errors, checks, decided),
-        )
-        for one in judged
-    ]
-    page = render_report(ReportInputs(targets, settings, digests, described, sections))
-    write_file(folder / "report.html", page)
-
-
-def _errors(
-    judged: Sequence[_Judgement], source: Table, interpreted: Interpretation | None
-) -> dict[str, Any]:
-    """Return per target the rows that the chosen model is most wrong about.
-
-    Beside each row stand its key and the columns that matter most to the best single model; the
-    first columns, where nobody has asked.
-    """
-    contract = source.contract
-    errors = {}
-    for one in judged:
-        name = one.comparison.target
-        most = interpreted.most(name, SHOWN_COLUMNS) if interpreted else contract.features
-        columns = list(dict.fromkeys((*contract.named("key"), *most[:SHOWN_COLUMNS])))
-        rows = rows_by_id(source, "test", one.worst.row_id, columns)
-        values = {
-            column: [_cell(value) for value in rows[column].to_pylist()] for column in columns
-        }
-        errors[name] = worst_json(one.worst, contract.target(name), one.comparison.chosen, values)
-    return errors
-
-
-def _decisions_json(judged: Sequence[_Judgement], contract: Contract) -> dict[str, Any]:
-    targets = {
-        one.comparison.target: measured_json(one.measured, contract.target(one.comparison.target))
-        for one in judged
-        if one.measured
-    }
-    return {"format": 1, "split": "test", "targets": targets}
-
-
-def _target_sections(
-    one: _Judgement,
-    contract: Contract,
-    interpreted: Interpretation | None,
-    errors: Mapping[str, Any],
-    checks: Checks,
-    decided: Decisions | None,
-) -> list[PageSection]:
-    """Return what the report says of one target below its charts."""
-    comparison = one.comparison
-    target = contract.target(comparison.target)
-    of_classes = classes_section(comparison, one.classes)
-    sections = [
-        pair_section(comparison),
-        *([of_classes] if of_classes else []),
-        checks.target_section(target.name, comparison.chosen, comparison.confidence),
-    ]
-    if decided and one.measured:
-        sections.append(
-            decision_section(
-                one.measured,
-                target,
-                decided.entry(target.name),
-                split=contract.split.kind if contract.split else None,
-                confidence=comparison.confidence,
-            )
-        )
-    if interpreted:
-        sections += interpretation_sections(interpreted, target, contract, comparison.models)
-    sections.append(errors_section(errors[target.name], target, comparison.num_rows))
-    return sections
-
-
-def _bounds_json(one: _Judgement) -> dict[str, Any]:
-    """Return the entry ``error_bound`` of a target whose rows were streamed."""
-    if not one.error_bound:
-        return {}
-    return {
-        "error_bound": {
-            model: {name: rounded(value) for name, value in bounds.items()}
-            for model, bounds in one.error_bound.items()
-        }
-    }
-
-
-def _streamed_note(judged: Sequence[_Judgement]) -> str:
+def _streamed_note(judged: Sequence[Judgement]) -> str:
     bounds = [bound for one in judged for of in one.error_bound.values() for bound in of.values()]
     return (
         f"The test rows were streamed: intervals are from Poisson resamples, rankings from bins of "
@@ -705,63 +507,10 @@ def _streamed_note(judged: Sequence[_Judgement]) -> str:
     )
 
 
-def _cell(value: Any) -> float | str | None:
-    """Return a value of the table as JSON has it: a finite number, or a text."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None if value is None else str(value)
-    return value if math.isfinite(value) else None
-
-
-def _write_plot_files(folder: Path, stem: str, points: Points) -> None:
-    """Write one file of x and y per kind and model, as ``dvc plots`` reads a folder of them."""
-    for kind, lines in points.items():
-        for name, line in lines.items():
-            text = io.StringIO()
-            writer = csv.writer(text, lineterminator="\n")
-            writer.writerow(["x", "y"])
-            writer.writerows([rounded(x), rounded(y)] for x, y in line.tolist())
-            write_file(folder / f"{stem}.{kind}.{file_stem(name)}.csv", text.getvalue())
-
-
-def _record(judged: Sequence[_Judgement], out: Path, recorder: Recorder) -> None:
-    for one in judged:
-        comparison = one.comparison
-        for found in comparison.judged:
-            key = f"{found.model}/{comparison.target}/{found.metric.name}"
-            values = {
-                key: found.estimate.value,
-                f"{key}_ci_low": found.estimate.low,
-                f"{key}_ci_high": found.estimate.high,
-            }
-            recorder.metrics({name: value for name, value in values.items() if value is not None})
-        recorder.note(_note(comparison))
-    for picture in sorted((out / "figures").iterdir()):
-        recorder.file(picture, folder="figures")
-    for name in ("comparison.json", DECISIONS, PAIRS, RESAMPLES):
-        recorder.file(out / name)
-
-
 def _tell(checks: Checks, recorder: Recorder) -> None:
     recorder.note(checks.note)
     for text in checks.warnings:
         recorder.warn(text)
-
-
-def _note(comparison: Comparison) -> str:
-    """The target's primary metric as a Markdown table."""
-    title, ranks = comparison.primary_metric.title, comparison.ranks
-    units = "" if comparison.unit == "row" else f", {comparison.num_units:,} {comparison.unit}s"
-    lines = [
-        f"**{comparison.target}** on {comparison.num_rows:,} test rows{units}",
-        "",
-        f"| model | {title} | against the chosen | against the best |",
-        "|---|---|---|---|",
-    ]
-    for model in comparison.models:
-        found = comparison.of(model, comparison.primary)
-        value = " ".join(interval_text(found.estimate))
-        lines.append(f"| {model} | {value} | {found.verdict} | {ranks[model]} |")
-    return "\n".join(lines)
 
 
 def _rows(comparison: Comparison) -> Iterator[EvaluatedRow]:
