@@ -342,8 +342,10 @@ def test_a_run_is_found_by_number_or_as_last(folder: Path) -> None:
     first, second = (open_run(folder, kind="flow").run_id for _ in range(2))
 
     assert find_run(folder, "1").run_id == first
+    third = open_run(folder, kind="search").run_id
     assert find_run(folder, "last").run_id == second
-    with pytest.raises(ConfigError, match=r"has no run '7'.*it holds 2 runs"):
+    assert find_run(folder, "3").run_id == third
+    with pytest.raises(ConfigError, match=r"has no run '7'.*it holds 3 runs"):
         find_run(folder, "7")
 
 

@@ -5,6 +5,7 @@ ever appended, and a last line without its newline is not there yet.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -21,6 +22,7 @@ RUN_ID_VARIABLE = "HEADRACE_RUN_ID"
 # Who ran the stages: `headrace run`, `headrace repro`, plain dvc, or a person, one stage.
 # The stages of `headrace search` are trials, that of `headrace skill` its refits, and none of them
 # is the pipeline's.
+_TRIALS = ("search", "skill")
 RunKind = Literal["flow", "repro", "dvc", "stage", "search", "skill"]
 RunStatus = Literal["running", "finished", "failed", "interrupted"]
 StageStatus = Literal["running", "finished", "failed", "stopped", "interrupted"]
@@ -151,6 +153,8 @@ def current_run(folder: Path) -> Run | None:
 def find_run(folder: Path, name: str) -> Run:
     """Return the run called ``name``: its id or the beginning of it, its number, or ``last``.
 
+    The last one is the last of stages, not a search or an estimate of skill, which evaluate nothing.
+
     Raises:
         ConfigError: if there is no such run, with the nearest id, or several begin like this.
     """
@@ -167,7 +171,10 @@ def find_run(folder: Path, name: str) -> Run:
     if len(wanted) > 1 and not name.isdigit():
         raise ConfigError(f"{len(wanted)} runs begin with {name!r}: {', '.join(wanted)}; name one")
     if name == "last":
-        wanted = list(known[-1:])
+        of_stages = (
+            i for i in reversed(known) if read_run(run_path(folder, i)).kind not in _TRIALS
+        )
+        wanted = list(itertools.islice(of_stages, 1))
     if not wanted:
         raise ConfigError(
             f"{folder} has no run {name!r}{nearest(name, known)}; "
