@@ -153,7 +153,7 @@ def current_run(folder: Path) -> Run | None:
 def find_run(folder: Path, name: str) -> Run:
     """Return the run called ``name``: its id or the beginning of it, its number, or ``last``.
 
-    The last one is the last of stages, not a search or an estimate of skill, which evaluate nothing.
+    The last one is the last of stages: a search or an estimate of skill evaluates nothing.
 
     Raises:
         ConfigError: if there is no such run, with the nearest id, or several begin like this.
