@@ -343,6 +343,20 @@ def sums_of_classes(task: Task, sums_K: Floats, sums_BK: Floats) -> tuple[Floats
     return of_rows, of_resamples.copy()  # without it the sums of all metrics would stay
 
 
+def resampled_sums(columns_KU: Floats, units: Units, resampling: Resampling) -> Floats:
+    """Return the sums of columns per unit on each resample: (K, U) becomes (B, K)."""
+    sums_BK, _ = resample(
+        columns_KU,
+        (),
+        num_resamples=resampling.num_resamples,
+        seed=resampling.seed,
+        threads=resampling.threads,
+        strata=units.strata,
+        block=units.block,
+    )
+    return sums_BK
+
+
 def bytes_needed(num_rows: int, num_outputs: int, *, method: IntervalMethod = "percentile") -> int:
     """Return about how many bytes one call of ``bootstrap`` holds at its peak."""
     columns = 6 if num_outputs == 1 else 4 + 3 * num_outputs

@@ -20,13 +20,13 @@ from headrace.evaluation.bootstrap import (
     difference,
     estimate,
     interval,
+    resampled_sums,
     sums_per_unit,
 )
 from headrace.evaluation.coded import Coded
 from headrace.evaluation.drift import SHIFTED, STABLE, Shift, shift
 from headrace.evaluation.findings import CheckVerdict, Finding, rows_text
 from headrace.evaluation.metrics import MetricName, Sample
-from headrace.kernels.bootstrap import resample
 from headrace.schema import Target
 
 Floats: TypeAlias = npt.NDArray[np.float64]
@@ -272,7 +272,7 @@ def _mean_gap(
 ) -> Interval:
     weight = np.ones(len(truth)) if weight is None else weight
     columns_KU = sums_per_unit(np.stack([weight * (predicted - truth), weight]), units)
-    sums_BK = _resampled(columns_KU, units, resampling)
+    sums_BK = resampled_sums(columns_KU, units, resampling)
     total, all_weight = columns_KU.sum(axis=1)
     value = total / all_weight
     influence = (columns_KU[0] - value * columns_KU[1]) / all_weight
@@ -287,7 +287,7 @@ def _correlation(sample: Sample, units: Units, resampling: Resampling) -> Interv
     y = sample.truth - np.average(sample.truth, weights=weight)
     rows_KN = weight * np.stack([np.ones_like(x), x, y, x * x, y * y, x * y])
     columns_KU = sums_per_unit(rows_KN, units)
-    sums_BK = _resampled(columns_KU, units, resampling)
+    sums_BK = resampled_sums(columns_KU, units, resampling)
     sums_UK = columns_KU.sum(axis=1) - columns_KU.T  # without each unit, for bca
     value = float(_correlations(columns_KU.sum(axis=1)))
     influence = value - _correlations(sums_UK)
@@ -300,19 +300,6 @@ def _correlations(sums: Floats) -> Floats:
         spread = np.sqrt((xx - x * x / weight) * (yy - y * y / weight))
         found: Floats = (xy - x * y / weight) / spread
     return found
-
-
-def _resampled(columns_KU: Floats, units: Units, resampling: Resampling) -> Floats:
-    sums_BK, _ = resample(
-        columns_KU,
-        (),
-        num_resamples=resampling.num_resamples,
-        seed=resampling.seed,
-        threads=resampling.threads,
-        strata=units.strata,
-        block=units.block,
-    )
-    return sums_BK
 
 
 def _inverted_probability(

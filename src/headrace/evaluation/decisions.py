@@ -13,7 +13,14 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from headrace.evaluation.bootstrap import Interval, Resampling, Units, interval, sums_per_unit
+from headrace.evaluation.bootstrap import (
+    Interval,
+    Resampling,
+    Units,
+    interval,
+    resampled_sums,
+    sums_per_unit,
+)
 from headrace.evaluation.comparison import interval_json
 from headrace.evaluation.losses import log_losses
 from headrace.evaluation.metrics import METRICS, Sample
@@ -25,7 +32,6 @@ from headrace.evaluation.thresholds import (
     ThresholdMetric,
     confusion_cells,
 )
-from headrace.kernels.bootstrap import resample
 from headrace.kernels.poisson import Folds
 from headrace.schema import Target
 
@@ -73,15 +79,7 @@ def measure_decisions(
 ) -> Measured:
     """Measure ``rule`` on the test rows of its model; ``entry`` is of ``decide``."""
     columns_KU = sums_per_unit(_columns(sample, rule), units)
-    sums_BK, _ = resample(
-        columns_KU,
-        (),
-        num_resamples=resampling.num_resamples,
-        seed=resampling.seed,
-        threads=resampling.threads,
-        strata=units.strata,
-        block=units.block,
-    )
+    sums_BK = resampled_sums(columns_KU, units, resampling)
     return _measured(
         columns_KU.sum(axis=1), sums_BK, len(sample.truth), units, resampling, rule, entry
     )

@@ -22,12 +22,18 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from headrace.evaluation.bootstrap import Interval, Resampling, Units, interval, sums_per_unit
+from headrace.evaluation.bootstrap import (
+    Interval,
+    Resampling,
+    Units,
+    interval,
+    resampled_sums,
+    sums_per_unit,
+)
 from headrace.evaluation.coded import Coded
 from headrace.evaluation.losses import log_losses
 from headrace.evaluation.metrics import Sample
 from headrace.evaluation.pairs import holm
-from headrace.kernels.bootstrap import resample
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Mask: TypeAlias = npt.NDArray[np.bool_]
@@ -276,15 +282,7 @@ def _with_intervals(
     for _, is_in in ranked:
         columns += [rows.weight * rows.loss * is_in, rows.weight * is_in]
     columns_KU = sums_per_unit(np.stack(columns), units)
-    sums_BK, _ = resample(
-        columns_KU,
-        (),
-        num_resamples=resampling.num_resamples,
-        seed=resampling.seed,
-        threads=resampling.threads,
-        strata=units.strata,
-        block=units.block,
-    )
+    sums_BK = resampled_sums(columns_KU, units, resampling)
     without_UK = columns_KU.sum(axis=1) - columns_KU.T  # what bca asks for
     for number, (one, _) in enumerate(ranked):
         value = one.value - one.rest

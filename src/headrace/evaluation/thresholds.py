@@ -25,12 +25,12 @@ from headrace.evaluation.bootstrap import (
     Units,
     counts,
     interval,
+    resampled_sums,
     sums_per_unit,
 )
 from headrace.evaluation.metrics import Sample, combine, metric_of
 from headrace.evaluation.rules import DEFAULT, Codes, Costs
 from headrace.evaluation.selection import NUM_PARTS
-from headrace.kernels.bootstrap import resample
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 ThresholdMetric = Literal["f1", "balanced_accuracy", "mcc", "accuracy"]
@@ -139,15 +139,7 @@ def compare(
     num_classes = 2 if sample.prediction.ndim == 1 else sample.prediction.shape[1]
     cells = [confusion_cells(sample, way, num_classes) for way in (decided, reference)]
     columns_KU = sums_per_unit(np.concatenate(cells), units)
-    sums_BK, _ = resample(
-        columns_KU,
-        (),
-        num_resamples=resampling.num_resamples,
-        seed=resampling.seed,
-        threads=resampling.threads,
-        strata=units.strata,
-        block=units.block,
-    )
+    sums_BK = resampled_sums(columns_KU, units, resampling)
 
     def values(sums: Floats) -> tuple[Any, Any]:
         shape = (*sums.shape[:-1], 2, num_classes, num_classes)

@@ -185,8 +185,11 @@ def _precision_of(ranking: Ranking) -> tuple[Any, ...]:
 
 
 @_compiled(inline="always")
-def _mix(word):  # type: ignore[no-untyped-def]
-    # splitmix64's finaliser (Steele, Lea, Flood 2014): near seeds give unrelated states.
+def mix(word):  # type: ignore[no-untyped-def]
+    """Return splitmix64's finaliser of a 64-bit word: near words give unrelated ones.
+
+    Source: Steele, Lea and Flood 2014, "Fast Splittable Pseudorandom Number Generators".
+    """
     word = (word ^ (word >> _U(30))) * _U(0xBF58476D1CE4E5B9)
     word = (word ^ (word >> _U(27))) * _U(0x94D049BB133111EB)
     return word ^ (word >> _U(31))
@@ -195,12 +198,12 @@ def _mix(word):  # type: ignore[no-untyped-def]
 @_compiled(inline="always")
 def _start(seed, number):  # type: ignore[no-untyped-def]
     # The state of xoshiro256++ (Blackman, Vigna 2019) from seed and resample number.
-    start = _mix(seed * _GOLDEN + _mix(number + _U(1)))
+    start = mix(seed * _GOLDEN + mix(number + _U(1)))
     return (
-        _mix(start + _GOLDEN),
-        _mix(start + _GOLDEN * _U(2)),
-        _mix(start + _GOLDEN * _U(3)),
-        _mix(start + _GOLDEN * _U(4)),
+        mix(start + _GOLDEN),
+        mix(start + _GOLDEN * _U(2)),
+        mix(start + _GOLDEN * _U(3)),
+        mix(start + _GOLDEN * _U(4)),
     )
 
 

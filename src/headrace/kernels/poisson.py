@@ -25,6 +25,8 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from headrace.kernels.bootstrap import mix
+
 Floats: TypeAlias = npt.NDArray[np.float64]
 
 LANE = 64  # resamples that are folded together
@@ -169,19 +171,11 @@ def _ranks(cells_RCL: Floats, is_tied_RT: npt.NDArray[np.bool_]) -> Floats:
 
 
 @_compiled(inline="always")
-def _mix(word):  # type: ignore[no-untyped-def]
-    # splitmix64's finaliser (Steele, Lea, Flood 2014): near keys give unrelated words.
-    word = (word ^ (word >> _U(30))) * _U(0xBF58476D1CE4E5B9)
-    word = (word ^ (word >> _U(27))) * _U(0x94D049BB133111EB)
-    return word ^ (word >> _U(31))
-
-
-@_compiled(inline="always")
 def _draw_lane(key, table, seed, first, counts_L):  # type: ignore[no-untyped-def]
     # Four resamples to a word; word number b // 4 of the unit's own splitmix64 stream.
-    start = _mix(key ^ _mix(seed * _GOLDEN + _U(1)))
+    start = mix(key ^ mix(seed * _GOLDEN + _U(1)))
     for word in range(counts_L.shape[0] // 4):
-        draw = _mix(start + _GOLDEN * (first // _U(4) + _U(word) + _U(1)))
+        draw = mix(start + _GOLDEN * (first // _U(4) + _U(word) + _U(1)))
         for part in range(4):
             counts_L[4 * word + part] = table[(draw >> _U(16 * part)) & _U(0xFFFF)]
 
