@@ -28,10 +28,14 @@ def bootstrap_counts(row_id: npt.NDArray[np.int64], *, seed: int) -> npt.NDArray
     return np.searchsorted(np.cumsum(chances), _uniform(row_id, seed), side="right")
 
 
-def _uniform(row_id: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.float64]:
-    """Return a number in [0, 1) per row: 53 bits of the mixed id (the finaliser of splitmix64)."""
-    mixed = row_id.astype(np.uint64) + np.uint64((seed * 0x9E3779B97F4A7C15) % (1 << 64))
+def mixed(bits: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Return the finaliser of splitmix64, one to one and well spread."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
-    mixed ^= mixed >> np.uint64(31)
-    return (mixed >> np.uint64(11)).astype(np.float64) / (1 << 53)
+        bits = (bits ^ (bits >> np.uint64(shift))) * np.uint64(factor)
+    return bits ^ (bits >> np.uint64(31))
+
+
+def _uniform(row_id: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.float64]:
+    """Return a number in [0, 1) per row: 53 bits of the mixed id."""
+    seeded = row_id.astype(np.uint64) + np.uint64((seed * 0x9E3779B97F4A7C15) % (1 << 64))
+    return (mixed(seeded) >> np.uint64(11)).astype(np.float64) / (1 << 53)

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from headrace.data.draws import mixed
 from headrace.data.table import Table
 from headrace.schema import ROW_ID
 
@@ -108,7 +109,7 @@ def row_hashes(columns: Sequence[pa.Array]) -> Hashes:
     """
     total = np.zeros(len(columns[0]), np.uint64)
     for column in columns:
-        total = _mixed(total * np.uint64(0x9E3779B97F4A7C15) + _value_hashes(column))
+        total = mixed(total * np.uint64(0x9E3779B97F4A7C15) + _value_hashes(column))
     return total
 
 
@@ -117,10 +118,10 @@ def _value_hashes(column: pa.Array) -> Hashes:
     if pa.types.is_integer(kind) or pa.types.is_boolean(kind):
         numbers = column.cast(pa.int8()) if pa.types.is_boolean(kind) else column
         bits = numbers.fill_null(0).to_numpy(zero_copy_only=False).astype(np.uint64)
-        return np.where(_is_null(column), _MISSING, _mixed(bits))
+        return np.where(_is_null(column), _MISSING, mixed(bits))
     if pa.types.is_floating(kind):
         values = column.cast(pa.float64()).to_numpy(zero_copy_only=False) + 0.0  # −0 becomes 0
-        return np.where(np.isnan(values), _MISSING, _mixed(values.view(np.uint64)))
+        return np.where(np.isnan(values), _MISSING, mixed(values.view(np.uint64)))
     if not pa.types.is_dictionary(kind):
         column = column.dictionary_encode()
     texts = column.dictionary.cast(pa.string()).to_pylist()
@@ -137,11 +138,3 @@ def _is_null(column: pa.Array) -> npt.NDArray[np.bool_]:
 def _text_hash(text: str) -> np.uint64:
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return np.uint64(int.from_bytes(digest, "little"))
-
-
-def _mixed(bits: Hashes) -> Hashes:
-    """Return the finaliser of splitmix64, one to one and well spread."""
-    mixed = bits
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
-    return mixed ^ (mixed >> np.uint64(31))

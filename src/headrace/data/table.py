@@ -153,6 +153,21 @@ class Table:
                     batch_rows, columns=None if columns is None else list(columns)
                 )
 
+    def first(self, split: str, columns: Sequence[str], count: int) -> pa.Table:
+        """Return the first rows of ``split``, at most ``count``; without columns if it has none.
+
+        Raises:
+            SchemaError: if a column is not in the table, with the nearest name.
+        """
+        parts: list[pa.RecordBatch] = []
+        for batch in self.batches(split, columns, batch_rows=count):
+            parts.append(batch)
+            if sum(part.num_rows for part in parts) >= count:
+                break
+        if not parts:
+            return pa.table({})
+        return pa.Table.from_batches(parts).unify_dictionaries().slice(0, count)
+
     def spans(
         self, split: str, columns: Sequence[str] | None = None, *, span_rows: int = 65_536
     ) -> list[Span]:

@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 
 from headrace.data.predictions import bytes_held, read_predictions
 from headrace.data.table import Table, open_table
-from headrace.data.truth import Truth, UnitChoice, line_up, read_truth
+from headrace.data.truth import Truth, line_up, read_truth
 from headrace.errors import ConfigError, DataError, ResourceError, nearest
 from headrace.evaluation.blend import blend_of, rounded
 from headrace.evaluation.bootstrap import (
@@ -28,7 +28,6 @@ from headrace.evaluation.bootstrap import (
     Resampling,
     Units,
     bytes_needed,
-    require_resamples,
 )
 from headrace.evaluation.calibration import Calibrated, calibrate, reliability
 from headrace.evaluation.comparison import interval_json
@@ -45,9 +44,10 @@ from headrace.evaluation.thresholds import (
     verdict,
 )
 from headrace.memory import format_bytes
-from headrace.params import Resources, Section
+from headrace.params import Resources
 from headrace.record import Recorder
 from headrace.schema import Contract, Target
+from headrace.stages.resampled import ResampledParams
 from headrace.storage import new_folder, verify_folder, write_json
 
 Floats: TypeAlias = npt.NDArray[np.float64]
@@ -56,7 +56,7 @@ _BINARY_COSTS = ("false_positive", "false_negative")
 _UNIT_KEY = "decide.unit"
 
 
-class DecideParams(Section):
+class DecideParams(ResampledParams):
     """Section ``decide`` of params.yaml: what thresholds are tuned for, how sure intervals are."""
 
     # What a binary target's threshold is tuned for; f1 for a target that is not named.
@@ -65,15 +65,6 @@ class DecideParams(Section):
     # of every mistake, {TRUE_CLASS: {PREDICTED_CLASS: cost}}; one that is left out costs nothing.
     costs: Annotated[dict[str, dict[str, Cost | dict[str, Cost]]], Field(default_factory=dict)]
     coverage: Annotated[float, Field(gt=0, lt=1)] = 0.9  # share of rows inside interval or set
-    num_resamples: Annotated[int, Field(ge=100, le=1_000_000)] = 1000
-    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
-    unit: UnitChoice = "auto"  # what is resampled: by the split days, its groups, or rows
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-
-    @model_validator(mode="after")
-    def _resamples_suffice(self) -> Self:
-        require_resamples(self.num_resamples, self.confidence)
-        return self
 
     @model_validator(mode="after")
     def _one_objective(self) -> Self:

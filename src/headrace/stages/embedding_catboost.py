@@ -119,22 +119,13 @@ def _features(
     assert isinstance(networks, BaggedModel)  # train rows have predictions
     rows = pa.table({})
     if params.features == "embeddings":
-        valid = list(_first_rows(source.batches("valid", encoder.inputs), _ALIGNED_ROWS))
-        if not valid:
+        rows = source.first("valid", encoder.inputs, _ALIGNED_ROWS)
+        if not rows.num_rows:
             raise DataError(
                 "`embedding_catboost.features` is embeddings, and there are no valid rows to bring "
                 "the networks' spaces together by; change `extract.split`, or take predictions"
             )
-        rows = pa.Table.from_batches(valid).unify_dictionaries()
     return network_features(networks, encoder, params.features, rows)
-
-
-def _first_rows(batches: Iterator[pa.RecordBatch], most: int) -> Iterator[pa.RecordBatch]:
-    for batch in batches:
-        yield batch.slice(0, most)
-        most -= min(most, batch.num_rows)
-        if not most:
-            return
 
 
 def _write_fed(source: Table, features: NetworkFeatures, folder: Path, recorder: Recorder) -> Table:

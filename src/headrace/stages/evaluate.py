@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from headrace.data.alignment import Aligned, measure, read_share, stream_aligned
 from headrace.data.predictions import bytes_held, read_predictions
 from headrace.data.table import Table, open_table
-from headrace.data.truth import Truth, UnitChoice, label_bytes, line_up, read_truth, unit_bytes
+from headrace.data.truth import Truth, label_bytes, line_up, read_truth, unit_bytes
 from headrace.errors import ConfigError, DataError, ResourceError, nearest
 from headrace.evaluation.bootstrap import (
     FEW_UNITS,
@@ -28,7 +28,6 @@ from headrace.evaluation.bootstrap import (
     Units,
     bootstrap,
     bytes_needed,
-    require_resamples,
 )
 from headrace.evaluation.classes import (
     score_classes,
@@ -48,7 +47,7 @@ from headrace.evaluation.interpretation import (
     read_interpretation,
 )
 from headrace.evaluation.learning import learning_section, read_summary
-from headrace.evaluation.metrics import METRICS, Metric, Sample
+from headrace.evaluation.metrics import METRICS, Sample
 from headrace.evaluation.pairs import Rank, resamples_needed
 from headrace.evaluation.rules import DEFAULT, Decisions, read_decisions
 from headrace.evaluation.selection import STACK, read_selection
@@ -63,7 +62,7 @@ from headrace.evaluation.user_metrics import (
 )
 from headrace.evaluation.worst import worst_of, worst_rows
 from headrace.memory import format_bytes
-from headrace.params import Resources, Section
+from headrace.params import Resources
 from headrace.record import Recorder
 from headrace.schema import Contract, Target, file_stem
 from headrace.stages.evaluate_checks import Checks, run_checks
@@ -75,6 +74,7 @@ from headrace.stages.evaluate_files import (
     write_files,
     write_plot_files,
 )
+from headrace.stages.resampled import ResampledParams
 from headrace.storage import (
     digest_bytes,
     new_folder,
@@ -91,12 +91,9 @@ _UserMetricName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
 _DRAWN_ROWS = 50_000  # of a stream, about; charts show no more
 
 
-class EvaluateParams(Section):
+class EvaluateParams(ResampledParams):
     """Section ``evaluate`` of params.yaml: how intervals are made, and of what."""
 
-    num_resamples: Annotated[int, Field(ge=100, le=1_000_000)] = 1000
-    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
-    unit: UnitChoice = "auto"  # what is resampled: by the split days, its groups, or rows
     quantile: Annotated[float, Field(gt=0, lt=1)] = 0.5  # of the pinball loss; 0.5: half the MAE
     interval: IntervalMethod = "percentile"
     # none; class: resamples keep the number of units of each class; or a column: of each value
@@ -108,18 +105,12 @@ class EvaluateParams(Section):
     # Columns whose values, fifths or blocks of time are judged apart; if none is named, the most
     # important ones and the time.
     slices: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     # metrics of one's own, by name; functions of (truth, prediction, weights)
     user_metrics: Annotated[dict[_UserMetricName, UserMetricParams], Field(default_factory=dict)]
 
     @model_validator(mode="after")
     def _metrics_are_new(self) -> Self:
         refuse_names(self.user_metrics)
-        return self
-
-    @model_validator(mode="after")
-    def _resamples_suffice(self) -> Self:
-        require_resamples(self.num_resamples, self.confidence)
         return self
 
     @model_validator(mode="after")
@@ -372,21 +363,11 @@ def _judge_target(
             resampling,
             who=f"model {model!r}, target {target.name!r}",
         )
-    comparison = Comparison(
-        target=target.name,
-        task=target.task,
-        primary=selection["metric"],
-        chosen=selection["chosen"],
-        unit=units.name,
-        num_units=labelled_units.count,
-        num_rows=int(is_labelled.sum()),
-        num_unlabelled=int((~is_labelled).sum()),
-        confidence=params.confidence,
-        judged=judge(
-            scored, selection["chosen"], _metrics(target, user_metrics), labelled_units, resampling
-        ),
-        pairs=all_pairs(scored, labelled_units, resampling),
-    )
+    num_rows = int(is_labelled.sum())
+    comparison = _comparison(
+        target, scored, selection, user_metrics, labelled_units, resampling,
+        num_rows=num_rows, num_unlabelled=len(labels) - num_rows,
+    )  # fmt: skip
     charts, points = draw(
         target,
         comparison.chosen,
@@ -439,21 +420,10 @@ def _judge_stream(
         for model, folder in folders.items()
     }
     scored = {model: without_rows(user_metrics, found.scored) for model, found in streamed.items()}
-    comparison = Comparison(
-        target=target.name,
-        task=target.task,
-        primary=selection["metric"],
-        chosen=selection["chosen"],
-        unit=units.name,
-        num_units=units.count,
-        num_rows=labelled.num_rows,
-        num_unlabelled=test.num_rows - labelled.num_rows,
-        confidence=params.confidence,
-        judged=judge(
-            scored, selection["chosen"], _metrics(target, user_metrics), units, resampling
-        ),
-        pairs=all_pairs(scored, units, resampling),
-    )
+    comparison = _comparison(
+        target, scored, selection, user_metrics, units, resampling,
+        num_rows=labelled.num_rows, num_unlabelled=test.num_rows - labelled.num_rows,
+    )  # fmt: skip
     share = min(1.0, _DRAWN_ROWS / labelled.num_rows)
     drawn = {
         model: read_share(
@@ -482,8 +452,31 @@ def _judge_stream(
     return Judgement(worst, comparison, scored, charts, points, classes, measured, bounds)
 
 
-def _metrics(target: Target, user_metrics: Sequence[UserMetric]) -> list[Metric]:
-    return [*METRICS[target.task], *(one.metric for one in user_metrics)]
+def _comparison(
+    target: Target,
+    scored: Mapping[str, Scored],
+    selection: Mapping[str, Any],
+    user_metrics: Sequence[UserMetric],
+    units: Units,
+    resampling: Resampling,
+    *,
+    num_rows: int,
+    num_unlabelled: int,
+) -> Comparison:
+    metrics = [*METRICS[target.task], *(one.metric for one in user_metrics)]
+    return Comparison(
+        target=target.name,
+        task=target.task,
+        primary=selection["metric"],
+        chosen=selection["chosen"],
+        unit=units.name,
+        num_units=units.count,
+        num_rows=num_rows,
+        num_unlabelled=num_unlabelled,
+        confidence=resampling.confidence,
+        judged=judge(scored, selection["chosen"], metrics, units, resampling),
+        pairs=all_pairs(scored, units, resampling),
+    )
 
 
 def _sample(target: Target, rows: Aligned, params: EvaluateParams) -> Sample:

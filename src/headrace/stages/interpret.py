@@ -21,18 +21,18 @@ of them imports.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from headrace.data.encoder import Encoder, open_encoder
-from headrace.data.table import Table, open_table
-from headrace.data.truth import Truth, UnitChoice, read_truth
+from headrace.data.table import open_table
+from headrace.data.truth import Truth, read_truth
 from headrace.errors import ConfigError, IntegrityError, nearest
 from headrace.evaluation.blend import rounded
-from headrace.evaluation.bootstrap import Interval, Resampling, Units, require_resamples
+from headrace.evaluation.bootstrap import Interval, Resampling, Units
 from headrace.models.bagging import WHOLE, BaggedModel
 from headrace.models.dependence import Dependence, partial_dependence
 from headrace.models.importance import (
@@ -46,9 +46,10 @@ from headrace.models.importance import (
 )
 from headrace.models.probe import Predict, asked_with_tables
 from headrace.models.protocol import MODEL_JSON, FittedModel, load_model
-from headrace.params import Resources, Section
+from headrace.params import Resources
 from headrace.record import Recorder
 from headrace.schema import Contract
+from headrace.stages.resampled import ResampledParams
 from headrace.storage import new_folder, read_json, verify_file, verify_folder, write_json
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ _ATTENTION_ROWS = 1000
 _DEPENDENCE_ROWS, _GRID, _LINES = 500, 20, 10
 
 
-class InterpretParams(Section):
+class InterpretParams(ResampledParams):
     """Section ``interpret`` of params.yaml: how much is asked, and which columns go together."""
 
     rows: Annotated[int, Field(ge=_LEAST_ROWS, le=5000)] = 2000  # of valid that are judged, at most
@@ -76,14 +77,6 @@ class InterpretParams(Section):
     )
     top: Annotated[int, Field(ge=0, le=30)] = 6  # columns whose partial dependence is drawn
     num_resamples: Annotated[int, Field(ge=100, le=10_000)] = 500
-    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
-    unit: UnitChoice = "auto"  # what is resampled: by the split days, its groups, or rows
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-
-    @model_validator(mode="after")
-    def _resamples_suffice(self) -> Self:
-        require_resamples(self.num_resamples, self.confidence)
-        return self
 
 
 @dataclass(frozen=True)
@@ -133,7 +126,7 @@ def interpret(
     recorder.dataset(
         "valid", path=table, digest=truth.digest, num_rows=len(truth.row_id), context="valid"
     )
-    inputs = _first_rows(source, params.rows)
+    inputs = source.first("valid", contract.features, params.rows)
     alike = alike_columns(inputs, contract.named("numeric"))
     groups = _groups(params.groups, alike)
     rows = _judged(inputs, truth, _num_rows(params, contract, groups, members))
@@ -355,16 +348,6 @@ def _num_rows(
     num_columns = len(contract.features)
     values_per_row = (num_columns + len(groups)) * params.repeats * num_columns * fits
     return min(params.rows, max(_LEAST_ROWS, _VALUES // values_per_row))
-
-
-def _first_rows(source: Table, count: int) -> pa.Table:
-    """Return inputs of the first valid rows: a random sample, for they lie by their hashed ids."""
-    parts: list[pa.RecordBatch] = []
-    for batch in source.batches("valid", source.contract.features, batch_rows=count):
-        parts.append(batch)
-        if sum(part.num_rows for part in parts) >= count:
-            break
-    return pa.Table.from_batches(parts).unify_dictionaries().slice(0, count)
 
 
 def _judged(inputs: pa.Table, truth: Truth, count: int) -> JudgedRows:

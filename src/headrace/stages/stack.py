@@ -23,9 +23,9 @@ from headrace.data.predictions import (
     write_predictions,
 )
 from headrace.data.table import Table, open_table
-from headrace.data.truth import Truth, UnitChoice, line_up, read_truth
+from headrace.data.truth import Truth, line_up, read_truth
 from headrace.errors import ConfigError, DataError, ResourceError, nearest
-from headrace.evaluation.bootstrap import Resampling, Units, bytes_needed, require_resamples
+from headrace.evaluation.bootstrap import Resampling, Units, bytes_needed
 from headrace.evaluation.greedy import greedy_blend
 from headrace.evaluation.linear import linear_blend
 from headrace.evaluation.metrics import DEFAULT_METRIC, BuiltinMetric, Metric, Sample, metric_of
@@ -41,15 +41,16 @@ from headrace.evaluation.selection import (
 )
 from headrace.memory import format_bytes
 from headrace.models.protocol import SECOND_LEVEL
-from headrace.params import Resources, Section
+from headrace.params import Resources
 from headrace.record import Recorder
 from headrace.schema import SPLITS, Contract, Target
+from headrace.stages.resampled import ResampledParams
 from headrace.storage import new_folder, verify_folder, write_json
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 
 
-class StackParams(Section):
+class StackParams(ResampledParams):
     """Section ``stack`` of params.yaml: how members are blended and the best one is chosen."""
 
     # greedy: a weighted mean that does best by the metric. linear: a ridge regression, or a
@@ -58,15 +59,6 @@ class StackParams(Section):
     rounds: Annotated[int, Field(ge=1, le=10_000)] = 50  # greedy: picks with replacement
     # Per target; a target that is not named has RMSE, ROC-AUC or log-loss, by its task.
     metric: Annotated[dict[str, BuiltinMetric], Field(default_factory=dict)]
-    num_resamples: Annotated[int, Field(ge=100, le=1_000_000)] = 1000
-    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
-    unit: UnitChoice = "auto"  # what is resampled: by the split days, its groups, or rows
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-
-    @model_validator(mode="after")
-    def _resamples_suffice(self) -> Self:
-        require_resamples(self.num_resamples, self.confidence)
-        return self
 
     @model_validator(mode="after")
     def _rounds_take_effect(self) -> Self:
