@@ -197,15 +197,20 @@ def test_parameters_are_as_many_as_counted_by_hand():
     assert count(ENSEMBLE) == ensemble == 504
 
 
-@pytest.mark.parametrize("design", [PLAIN_MLP, NORMED_MLP, ENSEMBLE])
-def test_the_first_loss_is_that_of_an_output_of_zero(design):
-    """Trap 15: ln C of a target of C classes, the variance of a standardised value, within 10 %."""
+@pytest.mark.parametrize(
+    ("design", "off"), [(PLAIN_MLP, 0.03), (NORMED_MLP, 0.1), (ENSEMBLE, 0.03)]
+)
+def test_the_first_loss_is_that_of_an_output_of_zero(design, off):
+    """Trap 15: ln C of a target of C classes, the variance of a standardised value.
+
+    Within 10 % everywhere; hidden layers that are normed have larger outputs at first.
+    """
     network, rows = network_of(design, hidden_sizes=(64, 64)), rows_of(3000)
     value = labels_of(VALUE, 3000)
     expected = {"value": float(value.square().mean()), "late": math.log(2), "class": math.log(3)}
     for target, z_BKO in zip(TARGETS, network(*rows), strict=True):
         loss_BK = member_losses(z_BKO.detach(), labels_of(target, 3000), target, PLAIN)
-        assert float(loss_BK.mean()) == pytest.approx(expected[target.name], rel=0.1)
+        assert float(loss_BK.mean()) == pytest.approx(expected[target.name], rel=off)
 
     for parameter in network.heads[2].parameters():  # what the trap is about
         nn.init.uniform_(parameter, 0, 9)
